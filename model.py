@@ -478,7 +478,7 @@ class TextModel(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 class Idefics2(nn.Module):
     def __init__(self, config, end_ids=(), banned_ids=()):
-        """A randomly initialised model. end_ids end an answer (default: the text config's eos); banned_ids are never generated."""
+        """A randomly initialised model. end_ids (default: the text config's eos) end an answer, banned_ids are never made."""
         super().__init__()
         self.config = config
         self.end_ids, self.banned_ids, self.pad_id = (
@@ -566,8 +566,8 @@ class Idefics2(nn.Module):
                  end_ids=(), banned_ids=()):
         """New token ids (B, ≤ max_new_tokens) for left-padded prompts, pad_id after the end; arguments as `hidden_states`.
 
-        num_beams 1 is greedy. end_ids and banned_ids are added to the model's own. A hypothesis scores Σ log p / length ** length_penalty,
-        the end token counted; see BeamSearch."""
+        num_beams 1 is greedy. end_ids and banned_ids are added to the model's own. A hypothesis scores
+        Σ log p / length ** length_penalty, the end token counted; see BeamSearch."""
         prompt = input_ids.shape[1]
         cache = KVCache(self.config.text.num_hidden_layers, prompt + max_new_tokens)
         vocab = self.config.text.vocab_size
