@@ -1,0 +1,435 @@
+"""From published files to batches: samples, demonstrations, prompts, image transform, tokens.
+
+    samples = load("okvqa", "data", "train")                     # list[Sample]
+    processor = Processor.from_pretrained("idefics2-8b-base")    # tokenizer and image transform
+    batch = collate(queries, icds, processor, TEMPLATES["vqa"])  # teacher and student rows, what is aligned, what the CE sees
+
+--data FOLDER holds the files as published, COCO's pictures serving all three sets:
+    okvqa/   OpenEnded_mscoco_{train,val}2014_questions.json, mscoco_{train,val}2014_annotations.json
+    vqav2/   v2_OpenEnded_mscoco_{train,val}2014_questions.json, v2_mscoco_{train,val}2014_annotations.json
+    coco/    dataset_coco.json (Karpathy's splits), train2014/*.jpg, val2014/*.jpg
+The toy datasets (toy.py) need no files.
+
+Letters: B rows, T tokens, N images. ICD = one in-context demonstration, shots = how many of them, query = the example to answer.
+"""
+
+import random
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+
+import toy
+from model import Config, InputError, read_json
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts: one template a task. A prompt is instruction + (query + " " + answer + end) for each ICD + query.
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Template:
+    query: str                    # up to and including the cue of the answer
+    instruction: str = ""         # stands once, before everything
+    end: str = "\n"               # ends an answer, in demonstrations and in what is trained alike
+    separator: str = ""           # the official code's masked token around the query and before the answer
+    stop: tuple = ("\n",)         # an answer ends at the first of these words
+
+
+VQA_STOP, CAPTION_STOP = ("\n", "Question", "Answer", "Image", "Short"), ("\n", "Caption", "Image", "<", "Short")
+TEMPLATES = {
+    "vqa": Template("Image:<image>\nQuestion: {question}\nAnswer:",
+                    "Instruction: Provide an answer to the question. Use the image to answer.\n", stop=VQA_STOP),
+    "caption": Template("Image:<image>\nCaption:", "Instruction: provide a short caption of the input image.\n",
+                        stop=CAPTION_STOP),
+    "toy": Template("Image:<image> Question: {question} Answer:"),
+    "toy-caption": Template("Image:<image> Caption:"),
+}
+# What the official code feeds Idefics2: a misspelt token that reaches the model as text, no instruction before the student's
+# query in training, <unk> (masked as a key, but counted as a position) before query and answer, and </s> behind the answer.
+OFFICIAL_TEMPLATES = {
+    "vqa": Template("Image:<image><end_of_outterance>\nQuestion: {question}<end_of_outterance>\nAnswer:",
+                    "Instruction: Provide an answer to the question. Use the image to answer.<end_of_outterance>\n",
+                    "<end_of_outterance>\n", "<unk>", VQA_STOP),
+    "caption": Template("Image:<image><end_of_outterance>\nCaption:", "", "<end_of_outterance>\n", "<unk>", CAPTION_STOP),
+    "toy": replace(TEMPLATES["toy"], separator="<unk>"),
+    "toy-caption": replace(TEMPLATES["toy-caption"], separator="<unk>"),
+}
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<fake_token_around_image>", "<image>", "<end_of_utterance>")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Sample:
+    image_id: int
+    image: object                 # path of the picture, or the PIL image itself
+    question: str | None          # None for captions
+    answers: list                 # what a prediction is scored against: the annotators' answers, or reference captions
+    target: str = ""              # what is trained and shown in demonstrations: the most common answer, or the first caption
+    id: int = 0                   # question id; for captions the image id
+    question_type: str = ""
+    answer_type: str = ""
+
+    def picture(self):
+        """The PIL image. Raises InputError if the file is missing or no image."""
+        return open_image(self.image) if isinstance(self.image, (str, Path)) else self.image
+
+    def picture_size(self):
+        """(width, height) in pixels, read from the file's header."""
+        return open_image(self.image, read=False).size if isinstance(self.image, (str, Path)) else self.image.size
+
+
+@dataclass(frozen=True)
+class Dataset:
+    task: str                     # key of TEMPLATES
+    metric: str                   # "vqa_accuracy" or "cider"
+    max_new_tokens: int
+    eval_split: str               # what eval.py scores unless told otherwise
+
+
+DATASETS = {
+    "okvqa": Dataset("vqa", "vqa_accuracy", 10, "val"),
+    "vqav2": Dataset("vqa", "vqa_accuracy", 10, "val"),
+    "coco": Dataset("caption", "cider", 20, "val"),
+    "toy": Dataset("toy", "vqa_accuracy", 6, "test"),
+    "toy-named": Dataset("toy", "vqa_accuracy", 6, "test"),
+    "toy-caption": Dataset("toy-caption", "cider", 10, "test"),
+}
+
+
+def load(dataset, root, split, task=0):
+    """All samples of a split in the order of the files → list[Sample]. Raises InputError for a file that is missing, truncated
+    or of another form.
+
+    Splits: "train" and "val"; coco (Karpathy's; its "train" is train + restval) also "test"; the toys "train", "dev", "test".
+    root: the --data folder; task: number of the toy rule (both without meaning for the other kind of dataset)."""
+    if dataset not in DATASETS:
+        raise InputError(f"--dataset: expected one of {', '.join(DATASETS)}, found {dataset!r}")
+    if dataset in toy.KINDS:
+        return load_toy(dataset, split, task)
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"{root}: expected a folder with okvqa/, vqav2/ or coco/, found no such folder")
+    samples = load_captions(root, split) if dataset == "coco" else load_vqa(dataset, root, split)
+    if not samples:
+        raise InputError(f"{root}: expected samples of {dataset} {split}, found none")
+    return samples
+
+
+def records(path, key):
+    """The list of objects under `key` of a JSON file."""
+    content = read_json(path)
+    found = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(found, list) or not all(isinstance(x, dict) for x in found):
+        raise InputError(f"{path}: expected a list of objects under {key!r}, found {type(found).__name__}")
+    return found
+
+
+def fields(record, path, **kinds):
+    """The named values of a record, each of its kind; else InputError."""
+    for name, kind in kinds.items():
+        if not isinstance(record.get(name), kind) or isinstance(record.get(name), bool):
+            raise InputError(f"{path}: expected {name!r} of type {kind.__name__}, found {record.get(name)!r} in {record!s:.80}")
+    return [record[name] for name in kinds]
+
+
+def load_vqa(dataset, root, split):
+    """OK-VQA v1.1 and VQA v2. OK-VQA's official `answer`s are stemmed: they are scored, while `raw_answer`s are trained."""
+    prefix = {"okvqa": "", "vqav2": "v2_"}[dataset]
+    questions = root / dataset / f"{prefix}OpenEnded_mscoco_{split}2014_questions.json"
+    annotations = root / dataset / f"{prefix}mscoco_{split}2014_annotations.json"
+    truth = {}
+    if annotations.exists() or split == "train":        # without annotations a split can be answered, but not scored
+        for a in records(annotations, "annotations"):
+            question_id, answers = fields(a, annotations, question_id=int, answers=list)
+            scored = [fields(x, annotations, answer=str)[0] for x in answers if isinstance(x, dict)]
+            if not scored:
+                raise InputError(f"{annotations}: expected answers of question {question_id}, found none")
+            raw = [x.get("raw_answer", x["answer"]) for x in answers if isinstance(x, dict)]
+            target = a.get("multiple_choice_answer") or Counter(raw).most_common(1)[0][0]      # ties: the first
+            truth[question_id] = scored, target, a.get("question_type", ""), a.get("answer_type", "")
+    samples = []
+    for q in records(questions, "questions"):
+        question_id, image_id, question = fields(q, questions, question_id=int, image_id=int, question=str)
+        if truth and question_id not in truth:
+            raise InputError(f"{annotations}: expected an annotation of question {question_id} of {questions.name}, found none")
+        answers, target, question_type, answer_type = truth.get(question_id, ([], "", "", ""))
+        image = root / f"coco/{split}2014/COCO_{split}2014_{image_id:012d}.jpg"
+        samples.append(Sample(image_id, image, question, answers, target, question_id, question_type, answer_type))
+    return samples
+
+
+def load_captions(root, split):
+    """COCO captions with Karpathy's splits."""
+    path = root / "coco" / "dataset_coco.json"
+    wanted = {"train": ("train", "restval")}.get(split, (split,))
+    samples = []
+    for image in records(path, "images"):
+        if image.get("split") in wanted:
+            image_id, folder, name, sentences = fields(image, path, cocoid=int, filepath=str, filename=str, sentences=list)
+            captions = [fields(s, path, raw=str)[0].strip() for s in sentences if isinstance(s, dict)]
+            if not captions:
+                raise InputError(f"{path}: expected captions of image {image_id}, found none")
+            samples.append(Sample(image_id, root / "coco" / folder / name, None, captions, captions[0], image_id))
+    return samples
+
+
+def load_toy(dataset, split, task):
+    """Samples of one hidden rule; ten annotators agree, so that VQA accuracy is right or wrong."""
+    try:
+        found = toy.samples(dataset, task, split)
+    except ValueError as e:
+        raise InputError(f"--dataset {dataset} --task {task}: {e}") from None
+    return [Sample(r.image_id, r.image, r.question, [r.answer] * (10 if r.question else 1), r.answer, r.image_id) for r in found]
+
+
+def train_dev(dataset, root, n_train, n_dev, seed, task=0):
+    """Disjoint training and dev samples, drawn by the seed from the training split → (train, dev).
+
+    A dev sample shares no picture with a training sample. Of a small split a sixth at most becomes dev; the toys have a dev
+    split of their own."""
+    samples = load(dataset, root, "train", task)
+    samples = random.Random(seed).sample(samples, len(samples))
+    if dataset in toy.KINDS:
+        return samples[:n_train], load(dataset, root, "dev", task)[:n_dev]
+    dev = samples[:min(n_dev, len(samples) // 6)]
+    dev_images = {s.image_id for s in dev}
+    return [s for s in samples[len(dev):] if s.image_id not in dev_images][:n_train], dev
+
+
+def pick_icds(pool, query, shots, seed):
+    """`shots` different samples of the pool, never the query; `seed` (a string) alone decides which, in which order."""
+    if shots == 0:
+        return []
+    picked = random.Random(seed).sample(pool, min(shots + 1, len(pool)))
+    picked = [s for s in picked if s.id != query.id][:shots]
+    if len(picked) < shots:
+        raise InputError(f"expected at least {shots} training samples beside the query for {shots} shots, found {len(picked)}")
+    return picked
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images and tokens
+# ---------------------------------------------------------------------------------------------------------------------
+def open_image(path, read=True):
+    """The PIL image, its pixels read and the file closed; read=False: only its header."""
+    try:
+        with Image.open(path) as image:
+            if read:
+                image.load()
+            return image
+    except FileNotFoundError:
+        raise InputError(f"{path}: expected an image, found no file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise InputError(f"{path}: expected a complete image, found: {e}") from None
+
+
+def to_rgb(image):
+    """RGB as it is; anything else over white, transparent or not."""
+    if image.mode == "RGB":
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255)), image).convert("RGB")
+
+
+class Processor:
+    """Tokenizer and image transform of a model folder: text → ids, PIL images → pixels."""
+
+    def __init__(self, tokenizer, config, longest_edge=980, shortest_edge=378, mean=(0.5,) * 3, std=(0.5,) * 3,
+                 rescale=1 / 255, resample=Image.Resampling.BILINEAR):
+        self.tokenizer, self.longest, self.shortest, self.resample = tokenizer, longest_edge, shortest_edge, resample
+        self.n_latents, self.vocab_size = config.perceiver.resampler_n_latents, config.text.vocab_size
+        self.pad_id, self.bos_id, self.end_id = config.text.pad_token_id, self.token_id("<s>"), self.token_id("</s>")
+        self.image_ids = self.token_id("<fake_token_around_image>"), self.token_id("<image>")
+        # A byte has 256 values: the published arithmetic (rescaled in fp64, kept in fp32, normalised in fp32), done once. (256,3)
+        bytes_ = (np.arange(256, dtype=np.float64) * rescale).astype(np.float32)[:, None]
+        self.pixel_of_byte = (bytes_ - np.array(mean, np.float32)) / np.array(std, np.float32)
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Reads tokenizer.json, config.json and, if there, preprocessor_config.json. Raises InputError for a bad one."""
+        folder = Path(folder)
+        config, path = Config.from_file(folder / "config.json"), folder / "tokenizer.json"
+        read_json(path)                                              # a missing or truncated file is said better here
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as e:                                       # the library raises nothing more specific
+            raise InputError(f"{path}: expected a tokenizer, found: {e}") from None
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        found = tokenizer.token_to_id("<image>")
+        if found != config.image_token_id:
+            raise InputError(f"{path}: expected <image> to be token {config.image_token_id} as in config.json, found {found}")
+        path, options = folder / "preprocessor_config.json", {}
+        if path.exists():
+            raw = read_json(path)
+            size = raw.get("size") or {}
+            options = {"longest_edge": size.get("longest_edge"), "shortest_edge": size.get("shortest_edge"),
+                       "mean": raw.get("image_mean"), "std": raw.get("image_std"), "rescale": raw.get("rescale_factor"),
+                       "resample": raw.get("resample")}
+        return cls(tokenizer, config, **{k: v for k, v in options.items() if v is not None})
+
+    def token_id(self, token):
+        found = self.tokenizer.token_to_id(token)
+        if found is None:
+            raise InputError(f"tokenizer.json: expected the token {token}, found none")
+        return found
+
+    @property
+    def newline_id(self):
+        """The token of a line's end, which ends an answer."""
+        return self.encode("a\n")[-1]
+
+    # -- images
+    def resized(self, width, height):
+        """Width and height in pixels after the resize: the longer side at most `longest`, each side at least `shortest`.
+
+        The two bounds are independent, so that small pictures lose their aspect ratio, as in the published transform."""
+        ratio = width / height
+        if width >= height and width > self.longest:
+            width, height = self.longest, int(self.longest / ratio)
+        elif height > width and height > self.longest:
+            width, height = int(self.longest * ratio), self.longest
+        return max(width, self.shortest), max(height, self.shortest)
+
+    def images(self, pictures):
+        """PIL images → pixel_values (N,3,H,W) fp32, pixel_mask (N,H,W) bool; smaller pictures are padded with 0 below and right.
+
+        Equal bit by bit to transformers' Idefics2ImageProcessor (PIL) without image splitting."""
+        arrays = []
+        for picture in map(to_rgb, pictures):
+            size = self.resized(*picture.size)
+            resized = picture if size == picture.size else picture.resize(size, self.resample)
+            u8 = np.asarray(resized)                                                                # (H,W,3)
+            arrays.append(np.stack([self.pixel_of_byte[:, c][u8[:, :, c]] for c in range(3)]))
+        H, W = (max(a.shape[i] for a in arrays) for i in (1, 2))
+        values, mask = torch.zeros(len(arrays), 3, H, W), torch.zeros(len(arrays), H, W, dtype=torch.bool)
+        for i, a in enumerate(arrays):
+            values[i, :, :a.shape[1], :a.shape[2]], mask[i, :a.shape[1], :a.shape[2]] = torch.from_numpy(a), True
+        return values, mask
+
+    # -- text
+    def expand(self, text):
+        """<image> → fake token + n_latents × <image> + fake token (<fake_token_around_image>); neighbours share one."""
+        fake = "<fake_token_around_image>"
+        return text.replace("<image>", fake + "<image>" * self.n_latents + fake).replace(fake + fake, fake)
+
+    def encode(self, text):
+        """Token ids of an expanded text, <s> in front. Raises InputError if one has no row in the model's embedding."""
+        return self.encode_with_offsets(text)[0]
+
+    def encode_with_offsets(self, text):
+        """→ ids, and the place in `text` where each token starts (<s>: −1)."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = [self.bos_id, *encoding.ids]
+        if max(ids) >= self.vocab_size:
+            token = self.tokenizer.id_to_token(max(ids))
+            raise InputError(f"tokenizer.json: expected ids below the model's {self.vocab_size}, found {token} = {max(ids)}")
+        return ids, [-1, *(start for start, _ in encoding.offsets)]
+
+    def decode(self, ids):
+        """The text of token ids, without special tokens."""
+        return self.tokenizer.decode([int(i) for i in ids if i < self.tokenizer.get_vocab_size()], skip_special_tokens=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Rows:
+    """Left-padded prompts, ready for the model. Every row ends at the last column; there is no padding inside a row."""
+    input_ids: torch.Tensor       # (B,T) int64
+    attention_mask: torch.Tensor  # (B,T) bool, True = token
+    samples: list                 # whose images the <image> tokens stand for, in reading order
+    position_ids: torch.Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """One training step: the last T_q columns of teacher and student are the same tokens (query and answer)."""
+    teacher: Rows                 # ICDs, query, answer
+    student: Rows                 # query, answer
+    align: torch.Tensor           # (B,T_q) bool, True = column of the last T_q whose states are compared
+    answer: torch.Tensor          # (B,T) bool over the student's columns, True = token of the answer, its end included
+    sequence: torch.Tensor        # (B,T) bool over the student's columns, True = any token that has one before it
+
+
+def plain(text):
+    """Dataset text with nothing in it that the tokenizer would take for a special token."""
+    for token in SPECIAL_TOKENS:
+        text = text.replace(token, " ")
+    return text
+
+
+def render(template, icds, query):
+    """The three parts of a prompt's text → (prefix: instruction and ICDs, query, answer)."""
+    def ask(s):
+        return template.query.format(question=plain(s.question or ""))
+
+    prefix = template.instruction + "".join(f"{ask(s)} {plain(s.target)}{template.end}" for s in icds)
+    answer = f"{plain(query.target)}</s>" if template.separator else f" {plain(query.target)}{template.end}"
+    return prefix, ask(query), answer
+
+
+def left_pad(rows, value):
+    """Lists of ids of different lengths → (B,T) int64, filled with `value` on the left."""
+    T = max(map(len, rows))
+    return torch.tensor([[value] * (T - len(row)) + row for row in rows])
+
+
+def last_columns(lengths, T):
+    """(B,T) bool, True in the last lengths[b] columns of row b."""
+    return torch.arange(T) >= T - torch.tensor(lengths)[:, None]
+
+
+def pack(ids, samples, processor):
+    padded = left_pad(ids, processor.pad_id)
+    return Rows(padded, last_columns([len(row) for row in ids], padded.shape[1]), samples)
+
+
+def prompts(queries, icds, processor, template):
+    """Rows to generate from: each query behind its ICDs (a list of samples a query; empty for zero-shot)."""
+    ids = [processor.encode(processor.expand("".join(render(template, d, q)[:2]))) for q, d in zip(queries, icds, strict=True)]
+    return pack(ids, [s for q, d in zip(queries, icds, strict=True) for s in (*d, q)], processor)
+
+
+def collate(queries, icds, processor, template):
+    """Queries with their ICDs → Batch. With the official template the separators (<unk>) are masked and counted as positions."""
+    teacher, student, query_lengths, answer_lengths = [], [], [], []
+    for query, demonstrations in zip(queries, icds, strict=True):
+        prefix, ask, answer = render(template, demonstrations, query)
+        instruction = template.instruction
+        if template.separator:
+            prefix, ask, instruction = prefix + template.separator, ask + template.separator, ""
+        teacher_ids, start, _ = split(processor, prefix, ask, answer)
+        student_ids, query_start, answer_start = split(processor, instruction, ask, answer)
+        if teacher_ids[start:] != student_ids[query_start:]:
+            raise InputError(f"expected a tokenizer that splits {ask + answer!r} alike wherever it stands, "
+                             f"found {teacher_ids[start:]} and {student_ids[query_start:]}")
+        teacher.append(teacher_ids)
+        student.append(student_ids)
+        query_lengths.append(len(student_ids) - query_start)
+        answer_lengths.append(len(student_ids) - answer_start)
+
+    teacher = pack(teacher, [s for q, d in zip(queries, icds, strict=True) for s in (*d, q)], processor)
+    student = pack(student, list(queries), processor)
+    if template.separator:
+        for rows in teacher, student:
+            rows.attention_mask = rows.input_ids != processor.pad_id
+            rows.position_ids = torch.arange(rows.input_ids.shape[1]).expand(rows.input_ids.shape)
+    T, T_q, kept = student.input_ids.shape[1], max(query_lengths), student.attention_mask
+    return Batch(teacher, student, last_columns(query_lengths, T_q) & kept[:, -T_q:], last_columns(answer_lengths, T) & kept,
+                 kept & (kept.cumsum(1) > 1))
+
+
+def split(processor, prefix, query, answer):
+    """Ids of prefix + query + answer, tokenised as one text, and where query and answer start among them."""
+    prefix, query, answer = map(processor.expand, (prefix, query, answer))
+    ids, offsets = processor.encode_with_offsets(prefix + query + answer)
+    at = [next(i for i, o in enumerate(offsets) if o >= place) for place in (len(prefix), len(prefix + query))]
+    return ids, *at
