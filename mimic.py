@@ -46,16 +46,20 @@ class MimIC(nn.Module, Shifts):
     """The MimIC heads of a decoder: `model(…, shifts=mimic)`. fp32 parameters: vector (L,H,D), f_weight (L,H,D), f_bias (L,H).
 
     z2="masked" takes Z2 over the keys the softmax sees (the paper). z2="unmasked" takes it over all keys, future tokens and
-    padding included, as the official code does (shift_encoder.py:697); then the identity above holds for no f and v."""
+    padding included, as the official code does (shift_encoder.py:697); then the identity above holds for no f and v.
+    mu_of, the paper's ablations: "head" is the method; "layer" has one μ̃ for all heads of a layer, from the sum of their f(q) and
+    the mean of their log Z2; "one" is μ̃ = 1: the vectors alone (f is there, but not trained)."""
 
-    def __init__(self, n_layers, n_heads, head_dim, z2="masked"):
+    def __init__(self, n_layers, n_heads, head_dim, z2="masked", mu_of="head"):
         super().__init__()
-        if z2 not in ("masked", "unmasked"):
-            raise ValueError(f"z2: expected 'masked' or 'unmasked', found {z2!r}")
-        self.z2 = z2
+        if z2 not in ("masked", "unmasked") or mu_of not in ("head", "layer", "one"):
+            raise ValueError(f"expected z2 masked or unmasked and mu_of head, layer or one, found {z2!r} and {mu_of!r}")
+        self.z2, self.mu_of = z2, mu_of
         self.vector = nn.Parameter(0.001 * torch.randn(n_layers, n_heads, head_dim))       # start: almost the base model
         self.f_weight = nn.Parameter(0.02 * torch.randn(n_layers, n_heads, head_dim))
         self.f_bias = nn.Parameter(torch.zeros(n_layers, n_heads))
+        for f in self.f_weight, self.f_bias:
+            f.requires_grad_(mu_of != "one")
 
     def f(self, layer, q):
         """f(q) ≈ log Z1.  q (B,H,T,D), rotated as in the attention, not scaled by 1/√D → (B,H,T)."""
@@ -63,8 +67,12 @@ class MimIC(nn.Module, Shifts):
 
     def mu(self, layer, q, k, lse):
         """μ̃ = e^f / (e^f + Z2), (B,H,T): how much of the vector each head adds at each token."""
-        log_z2 = lse if self.z2 == "masked" else attention(q, k, k)[1]
-        return mixing_weight(self.f(layer, q), log_z2)
+        if self.mu_of == "one":
+            return torch.ones_like(lse)
+        log_z1, log_z2 = self.f(layer, q), lse if self.z2 == "masked" else attention(q, k, k)[1]
+        if self.mu_of == "layer":
+            log_z1, log_z2 = log_z1.sum(1, keepdim=True), log_z2.mean(1, keepdim=True)
+        return mixing_weight(log_z1, log_z2).expand_as(lse)
 
     def after_attention(self, layer, q, k, out, lse):
         """SA(q,K,V) + μ̃·v.  Paper, section 3.2."""
@@ -73,7 +81,7 @@ class MimIC(nn.Module, Shifts):
 
     def save(self, path, **about):
         """Writes the adapter as safetensors; `about` (method, base model, dataset, seed, …) goes into its metadata as text."""
-        save_atomically(self.state_dict(), path, {"z2": self.z2, **{k: str(v) for k, v in about.items()}})
+        save_atomically(self.state_dict(), path, {"z2": self.z2, "mu_of": self.mu_of, **{k: str(v) for k, v in about.items()}})
 
     @classmethod
     def load(cls, path):
@@ -90,7 +98,7 @@ class MimIC(nn.Module, Shifts):
         expected = {"vector": (L, H, D), "f_weight": (L, H, D), "f_bias": (L, H)}
         if shapes != expected:
             raise InputError(f"{path}: expected tensors vector (L,H,D), f_weight (L,H,D), f_bias (L,H), found {shapes}")
-        mimic = cls(L, H, D, about.get("z2", "masked"))
+        mimic = cls(L, H, D, about.get("z2", "masked"), about.get("mu_of", "head"))
         mimic.load_state_dict(tensors)
         return mimic
 

@@ -1,0 +1,286 @@
+"""Generate answers over a split, score them, write the rows.
+
+    python eval.py --run runs/okvqa                                             # a trained adapter, zero-shot
+    python eval.py --method zero-shot --dataset okvqa --model FOLDER --data FOLDER
+    python eval.py --method icl --shots 8 --dataset okvqa --model FOLDER --data FOLDER --limit 500
+
+A run's folder gets results.json (a list of rows {dataset, split, method, shots, metric, score (0-100), n, seed, parameters,
+prompt_tokens, ms_per_query, train_seconds}; a row of the same dataset, split, method, shots and n is replaced) and
+predictions.jsonl (one line a prediction).
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import DATASETS, OFFICIAL_TEMPLATES, TEMPLATES, Processor, load, pick_icds, prompts, train_dev
+from metrics import cider, vqa_accuracy
+from mimic import MimIC
+from model import Idefics2, InputError, read_json
+
+PIXELS_AT_ONCE = 2_000_000        # pixels the vision tower encodes together: six COCO pictures, or a thousand toy ones
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model and images
+# ---------------------------------------------------------------------------------------------------------------------
+def load_model(folder, device, dtype):
+    """→ model, processor."""
+    processor = Processor.from_pretrained(folder)
+    return Idefics2.from_pretrained(folder, getattr(torch, dtype), device), processor
+
+
+@torch.no_grad()
+def encode_images(model, processor, samples, features, progress=None):
+    """Fills `features` (image id → (n_latents,d), on the model's device) with what it lacks, each distinct image once.
+
+    Pictures of one size go together, so that nothing is padded. progress: title of a progress bar, or None."""
+    missing = {s.image_id: s for s in samples if s.image_id not in features}
+    by_size = {}
+    for s in missing.values():
+        by_size.setdefault(processor.resized(*s.picture_size()), []).append(s)
+    with tqdm(total=len(missing), desc=progress, unit="image", disable=not progress) as bar:
+        for (width, height), group in by_size.items():
+            step = max(1, PIXELS_AT_ONCE // (width * height))
+            for i in range(0, len(group), step):
+                chunk = group[i:i + step]
+                values, mask = processor.images([s.picture() for s in chunk])
+                encoded = model.encode_images(values.to(model.device), mask.to(model.device))
+                features.update(zip((s.image_id for s in chunk), encoded, strict=True))
+                bar.update(len(chunk))
+
+
+def gather(features, samples):
+    """The features of the samples' images, in order (N,n_latents,d)."""
+    return torch.stack([features[s.image_id] for s in samples])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generate and score
+# ---------------------------------------------------------------------------------------------------------------------
+def first_line(text, stop):
+    """The answer in a generated text: what stands before the first stop word."""
+    for word in stop:
+        text = text.split(word)[0]
+    return text.strip()
+
+
+@torch.no_grad()
+def answer(model, processor, dataset, queries, pool=(), shots=0, shifts=None, seed=0, features=None, template=None, num_beams=3,
+           length_penalty=0.0, batch_size=16, progress=None):
+    """Generated answers for the queries, each behind `shots` ICDs drawn from `pool` → list[str], {prompt_tokens, ms_per_query}.
+
+    features: image features to use and add to (those of the pool stay in it). ms_per_query is prefill and decoding, images
+    already encoded, in milliseconds; prompt_tokens the mean number of tokens of a prompt, image tokens included."""
+    task = DATASETS[dataset]
+    template = template or TEMPLATES[task.task]
+    features = {} if features is None else features
+    answers, tokens, seconds = [""] * len(queries), 0, 0.0
+    with tqdm(total=len(queries), desc=progress, unit="query", disable=not progress) as bar:
+        for block in range(0, len(queries), 512):                # images of 512 queries are in memory at a time
+            wanted = list(range(block, min(block + 512, len(queries))))
+            icds = {i: pick_icds(pool, queries[i], shots, f"{seed}-{queries[i].id}") for i in wanted}
+            kept = set(features) | {s.image_id for d in icds.values() for s in d}
+            encode_images(model, processor, [s for i in wanted for s in (*icds[i], queries[i])], features)
+            wanted.sort(key=lambda i: len(queries[i].question or ""))              # rows of like length: little padding
+            for start in range(0, len(wanted), batch_size):
+                batch = wanted[start:start + batch_size]
+                rows = prompts([queries[i] for i in batch], [icds[i] for i in batch], processor, template)
+                began = clock(model.device)
+                ids = model.generate(
+                    rows.input_ids.to(model.device), rows.attention_mask.to(model.device), gather(features, rows.samples),
+                    task.max_new_tokens, num_beams, length_penalty, shifts,
+                    end_ids=[] if template.separator else [processor.newline_id], banned_ids=processor.image_ids)
+                seconds += clock(model.device) - began
+                tokens += int(rows.attention_mask.sum())
+                for i, row in zip(batch, ids.tolist(), strict=True):
+                    answers[i] = first_line(processor.decode(row), template.stop)
+                bar.update(len(batch))
+            for image_id in set(features) - kept:
+                del features[image_id]
+    return answers, {"prompt_tokens": round(tokens / len(queries), 1), "ms_per_query": round(1000 * seconds / len(queries), 2)}
+
+
+def clock(device):
+    """Seconds, with the device's work done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def score(dataset, samples, answers):
+    """→ score (0-100) and each item's (0-100), or None and Nones where the split has no annotations."""
+    if not all(s.answers for s in samples):
+        return None, [None] * len(samples)
+    if DATASETS[dataset].metric == "vqa_accuracy":
+        each = np.array([vqa_accuracy(a, s.answers) for a, s in zip(answers, samples, strict=True)])
+        overall = each.mean()
+    else:
+        overall, each = cider(answers, [s.answers for s in samples])
+    return round(100 * float(overall), 2), [round(100 * float(x), 2) for x in each]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+def write_atomically(path, text):
+    """Under a temporary name, then renamed: a crash leaves the older file whole."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def add_results(folder, row, samples, answers, each):
+    """Adds a row to results.json and its predictions to predictions.jsonl, in the place of older ones of the same kind."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    results, predictions = folder / "results.json", folder / "predictions.jsonl"
+
+    def other(r):
+        return any(r.get(k) != row[k] for k in ("dataset", "split", "method", "shots"))
+
+    rows = [r for r in (read_json(results) if results.exists() else []) if other(r)]
+    lines = [x for x in (predictions.read_text().splitlines() if predictions.exists() else []) if other(json.loads(x))]
+    kind = {k: row[k] for k in ("dataset", "split", "method", "shots")}
+    lines += [json.dumps({**kind, "id": s.id, "image_id": s.image_id, "question": s.question, "prediction": a,
+                          "answers": s.answers, "score": x}, ensure_ascii=False)
+              for s, a, x in zip(samples, answers, each, strict=True)]
+    write_atomically(results, json.dumps([*rows, row], indent=1) + "\n")
+    write_atomically(predictions, "\n".join(lines) + "\n")
+
+
+def evaluate(folder, model, processor, dataset, split, samples, method, shots=0, shifts=None, seed=0, parameters=0,
+             train_seconds=0, **options):
+    """Answers, scores and writes one method on one split → the row. options as `answer`."""
+    answers, cost = answer(model, processor, dataset, samples, shots=shots, shifts=shifts, seed=seed,
+                           progress=f"{method}{f' {shots}-shot' if shots else ''}", **options)
+    total, each = score(dataset, samples, answers)
+    row = {"dataset": dataset, "split": split, "method": method, "shots": shots, "metric": DATASETS[dataset].metric,
+           "score": total, "n": len(samples), "seed": seed, "parameters": parameters, **cost, "train_seconds": train_seconds}
+    add_results(folder, row, samples, answers, each)
+    return row
+
+
+def table(rows):
+    """Rows as text, a line each."""
+    lines = [f"{'method':<12}{'shots':>6}{'split':>7}{'score':>8}{'n':>7}{'parameters':>12}{'prompt tokens':>15}{'ms/query':>10}"]
+    for r in rows:
+        shown = "–" if r["score"] is None else f"{r['score']:.2f}"
+        lines.append(f"{r['method']:<12}{r['shots']:>6}{r['split']:>7}{shown:>8}{r['n']:>7}{r['parameters']:>12,}"
+                     f"{r['prompt_tokens']:>15}{r['ms_per_query']:>10.2f}")
+    metric = {"vqa_accuracy": "VQA accuracy", "cider": "CIDEr-D x 100"}[rows[0]["metric"]]
+    return f"{rows[0]['dataset']}: {metric}\n" + "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+def add_common_arguments(parser):
+    """What train.py and eval.py share. Defaults that depend on the machine are filled in by `resolve`."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", choices=DATASETS, default="toy", help="what to answer (default %(default)s)")
+    data.add_argument("--data", default="data", metavar="FOLDER",
+                      help="holds okvqa/, vqav2/ and coco/ as published; see README (default %(default)s)")
+    data.add_argument("--task", type=int, default=0, metavar="N", help="number of the toy's hidden rule (default %(default)s)")
+    data.add_argument("--samples", type=int, default=1000, help="training samples; ICDs come from them too (default %(default)s)")
+    data.add_argument("--dev-samples", type=int, default=200,
+                      help="more training samples, not trained on, that choose the epoch (default %(default)s; a sixth at most)")
+    data.add_argument("--seed", type=int, default=0, help="draws samples, ICDs and the adapter's start (default %(default)s)")
+    data.add_argument("--limit", type=int, default=None, metavar="N", help="evaluate the first N items only (default: all)")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="checkpoints/tiny", metavar="FOLDER",
+                       help="config.json, safetensors and tokenizer.json as published (default %(default)s)")
+    model.add_argument("--device", default=None, help="cpu, cuda, cuda:1 … (default: cuda if there is one)")
+    model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
+                       help="of the frozen weights; adapters are fp32 always (default: bfloat16 on cuda, float32 on cpu)")
+    model.add_argument("--official", action="store_true",
+                       help="prompts, aligned state, CE tokens, Z2, positions and separators as in the official code")
+    generation = parser.add_argument_group("generation")
+    generation.add_argument("--num-beams", type=int, default=3, help="1 = greedy (default %(default)s)")
+    generation.add_argument("--length-penalty", type=float, default=0.0, help="0 = none (default %(default)s)")
+    generation.add_argument("--eval-batch-size", type=int, default=16, help="queries at a time (default %(default)s)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", default=None, metavar="FOLDER", help="the run's folder (default runs/DATASET…)")
+    return run
+
+
+def resolve(args):
+    """Fills in what depends on the machine."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+
+
+def template_of(args):
+    return (OFFICIAL_TEMPLATES if args.official else TEMPLATES)[DATASETS[args.dataset].task]
+
+
+def generation_options(args):
+    return {"template": template_of(args), "num_beams": args.num_beams, "length_penalty": args.length_penalty,
+            "batch_size": args.eval_batch_size}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog=__doc__.split("\n\n", 1)[1])
+    run = add_common_arguments(parser)
+    run.add_argument("--run", default=None, metavar="FOLDER", help="a folder train.py wrote: its adapter, model, data and seed")
+    run.add_argument("--method", choices=("zero-shot", "icl"), default="zero-shot", help="without --run (default %(default)s)")
+    run.add_argument("--shots", type=int, default=None, help="ICDs before each query, for --method icl (default 8)")
+    run.add_argument("--split", default=None, help="train, val or test, as the dataset has it (default: the dataset's own)")
+    args = parser.parse_args(argv)
+    if args.run:                  # the run's own arguments, where the command line says nothing else
+        saved = read_json(Path(args.run) / "args.json")
+        parser.set_defaults(**{k: v for k, v in saved.items() if k in vars(args) and k not in ("out", "shots", "method")})
+        args = parser.parse_args(argv)
+    resolve(args)
+    model, processor = load_model(args.model, args.device, args.dtype)
+    split = args.split or DATASETS[args.dataset].eval_split
+    queries = load(args.dataset, args.data, split, args.task)[:args.limit]
+    options, folder = generation_options(args), Path(args.out or args.run or f"runs/{args.dataset}-{args.method}")
+    if args.run:
+        mimic = MimIC.load(Path(args.run) / "mimic.safetensors").to(args.device)
+        check_fits(mimic, model, args.run)
+        method, shots = "mimic", 0
+        options |= {"shifts": mimic, "parameters": sum(p.numel() for p in mimic.parameters())}
+        old = Path(args.run) / "results.json"
+        trained = [r["train_seconds"] for r in (read_json(old) if old.exists() else []) if r["method"] == "mimic"]
+        options["train_seconds"] = trained[0] if trained else 0
+    else:
+        method, shots = args.method, (8 if args.shots is None else args.shots) if args.method == "icl" else 0
+    pool = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task)[0] if shots else ()
+    row = evaluate(folder, model, processor, args.dataset, split, queries, method, shots, seed=args.seed, pool=pool, **options)
+    print(table([row]))
+    if row["score"] is None:
+        print(f"{args.dataset} {split} has no annotations here: the answers are not scored")
+    print(f"{folder / 'results.json'} and {folder / 'predictions.jsonl'} written")
+    return row
+
+
+def check_fits(mimic, model, where):
+    c = model.config.text
+    expected, found = (c.num_hidden_layers, c.num_attention_heads, c.head_dim), tuple(mimic.vector.shape)
+    if found != expected:
+        raise InputError(f"{where}: expected an adapter of {expected} layers, heads and head_dim as the model has, found {found}")
+
+
+def run_command(main):
+    """Runs a command line: the user's mistakes are one line and exit status 2, ours a traceback."""
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,262 @@
+"""Train MimIC: the zero-shot model, with shifts, imitates the same model run with demonstrations.
+
+    python train.py                                                             # the toy world: everything in three minutes
+    python train.py --dataset okvqa --model FOLDER --data FOLDER                # Idefics2-8b-base on OK-VQA
+    python train.py --dataset coco --shots 8 --lr 1e-3 --out runs/my-run
+
+Trains on --samples of the training split, chooses the epoch by the score on --dev-samples others, then evaluates on the
+dataset's evaluation split, which training never sees. --out gets args.json, log.csv, mimic.safetensors, results.json and
+predictions.jsonl; `python eval.py --run FOLDER` evaluates again.
+"""
+
+import argparse
+import csv
+import json
+import math
+import platform
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import DATASETS, collate, load, pick_icds, train_dev
+from eval import (
+    add_common_arguments,
+    answer,
+    encode_images,
+    evaluate,
+    gather,
+    generation_options,
+    load_model,
+    resolve,
+    run_command,
+    score,
+    table,
+    template_of,
+    write_atomically,
+)
+from mimic import MimIC, Recorder, align_loss
+from model import InputError, read_json
+
+COMPARE = [0, 1, 2, 4, 8]         # shots of in-context learning that a toy run shows beside MimIC
+EPOCHS = (99, 15), (500, 10), (math.inf, 5)               # up to so many samples, so many epochs: as the official code
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog=__doc__.split("\n\n", 1)[1])
+    run = add_common_arguments(parser)
+    method = parser.add_argument_group("method")
+    method.add_argument("--shots", type=int, default=8, help="demonstrations the teacher reads (default %(default)s)")
+    method.add_argument("--draws", type=int, default=0, metavar="N",
+                        help="different sets of demonstrations a query meets; 0 = a new one every epoch (default)")
+    method.add_argument("--align-on", choices=("layer", "ffn"), default=None,
+                        help="states compared: each layer's output, the paper's H (default), or its FFN's output (official code)")
+    method.add_argument("--align-norm", action=argparse.BooleanOptionalAction, default=None,
+                        help="divide a layer's error by the mean square of the teacher's states (default, unless --official)")
+    method.add_argument("--ce-on", choices=("answer", "sequence"), default=None,
+                        help="tokens of the language-modelling loss: the answer's (default) or all of them (official code)")
+    method.add_argument("--z2", choices=("masked", "unmasked"), default=None,
+                        help="keys in log Z2: those the softmax sees (default) or all of them (official code)")
+    method.add_argument("--mu", choices=("head", "layer", "one"), default="head",
+                        help="one μ̃ a head (the paper), one a layer, or μ̃ = 1, the vectors alone (default %(default)s)")
+    method.add_argument("--lambda-align", type=float, default=1.0, help="weight of L_align; 0 = no teacher (default %(default)s)")
+    method.add_argument("--lambda-ce", type=float, default=0.5, help="weight of the LM loss, λ (default %(default)s)")
+    optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument("--epochs", type=int, default=None, help="passes over the samples (default: 15 below 100 samples, 10 up to 500, else 5)")
+    optimisation.add_argument("--batch-size", type=int, default=4, help="queries at a time (default %(default)s)")
+    optimisation.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step (default %(default)s)")
+    optimisation.add_argument("--lr", type=float, default=5e-3, help="highest learning rate of AdamW (default %(default)s)")
+    optimisation.add_argument("--warmup", type=float, default=0.1,
+                              help="share of the steps with a rising rate, then cosine (default %(default)s)")
+    optimisation.add_argument("--weight-decay", type=float, default=1e-3, help="of AdamW (default %(default)s)")
+    optimisation.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default %(default)s)")
+    run.add_argument("--compare", type=int, nargs="*", default=None, metavar="K",
+                     help="evaluate in-context learning too, with these shots, 0 = zero-shot (toys: 0 1 2 4 8, else none)")
+    args = parser.parse_args(argv)
+    resolve(args)
+    toy = args.dataset.startswith("toy")
+    args.out = args.out or f"runs/{args.dataset}"
+    args.compare = (COMPARE if toy else []) if args.compare is None else args.compare
+    args.align_on = args.align_on or ("ffn" if args.official else "layer")
+    args.ce_on = args.ce_on or ("sequence" if args.official else "answer")
+    args.z2 = args.z2 or ("unmasked" if args.official else "masked")
+    args.align_norm = not args.official if args.align_norm is None else args.align_norm
+    for name in ("samples", "batch_size", "accumulate", "eval_batch_size", "num_beams"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+# ---------------------------------------------------------------------------------------------------------------------
+def losses(model, mimic, batch, features, args):
+    """L_align and L_gt of a batch, scalars in fp32. Paper, Figure 3."""
+    def states(rows, shifts):
+        position_ids = None if rows.position_ids is None else rows.position_ids.to(model.device)
+        return model.hidden_states(rows.input_ids.to(model.device), rows.attention_mask.to(model.device),
+                                   gather(features, rows.samples), shifts, position_ids)
+
+    # 1. Teacher: the original model reads {demonstrations, query}; its states over the query's columns.
+    T_q, teacher = batch.align.shape[1], Recorder(last=batch.align.shape[1])
+    if args.lambda_align:
+        with torch.no_grad():
+            states(batch.teacher, teacher)
+
+    # 2. Student: the MimIC model reads the query alone.
+    student = Recorder(mimic)
+    out = states(batch.student, student)
+
+    # 3. L_align over the common columns; L_gt over the answer, logits made only where it reads them.
+    align = torch.zeros((), device=model.device)
+    if args.lambda_align:
+        align = align_loss([s[:, -T_q:] for s in getattr(student, args.align_on)], getattr(teacher, args.align_on),
+                           batch.align.to(model.device), norm=args.align_norm)
+    read = getattr(batch, args.ce_on)[:, 1:].to(model.device)                 # column t is predicted from column t − 1
+    targets = batch.student.input_ids[:, 1:].to(model.device)[read]
+    ce = F.cross_entropy(model.lm_head(out[:, :-1][read]).float(), targets)
+    return align, ce
+
+
+def learning_rate(step, steps, warmup):
+    """Share of the highest rate at a step: linear up over `warmup` of the steps, then half a cosine down to 0."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All steps
+# ---------------------------------------------------------------------------------------------------------------------
+def train(args, model, processor, samples, dev, features, folder):
+    """Trains, writes log.csv and the best epoch's mimic.safetensors → (the best adapter, seconds of training)."""
+    c = model.config.text
+    torch.manual_seed(args.seed)
+    mimic = MimIC(c.num_hidden_layers, c.num_attention_heads, c.head_dim, args.z2, args.mu).to(model.device)
+    trained = [p for p in mimic.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
+    template, path = template_of(args), folder / "mimic.safetensors"
+    per_step = args.batch_size * args.accumulate
+    steps_an_epoch = math.ceil(len(samples) / per_step)
+    steps, step, best, seconds = args.epochs * steps_an_epoch, 0, -math.inf, 0.0
+
+    with open(folder / "log.csv", "w", newline="") as file, tqdm(total=steps, desc="train", unit="step") as bar:
+        log = csv.DictWriter(file, ["step", "epoch", "loss", "align", "ce", "lr", "grad_norm", "seconds", "dev"])
+        log.writeheader()
+        for epoch in range(args.epochs):
+            order = random.Random(f"{args.seed}-{epoch}").sample(samples, len(samples))
+            draw = epoch % args.draws if args.draws else epoch
+            for at in range(0, len(order), per_step):
+                began = time.perf_counter()
+                micro = [order[i:i + args.batch_size] for i in range(at, min(at + per_step, len(order)), args.batch_size)]
+                parts = []
+                for queries in micro:
+                    icds = [pick_icds(samples, q, args.shots, f"{args.seed}-{draw}-{q.id}") for q in queries]
+                    align, ce = losses(model, mimic, collate(queries, icds, processor, template), features, args)
+                    ((args.lambda_align * align + args.lambda_ce * ce) / len(micro)).backward()
+                    parts.append((align.item(), ce.item()))
+                align, ce = (sum(p) / len(parts) for p in zip(*parts, strict=True))
+                norm = torch.nn.utils.clip_grad_norm_(trained, args.clip).item()
+                if not math.isfinite(align + ce + norm):
+                    sys.exit(f"step {step}: loss or gradient is not finite (align {align}, ce {ce}, gradient {norm}); "
+                             f"samples {[q.id for queries in micro for q in queries]}; {path} holds the best epoch before")
+                optimiser.param_groups[0]["lr"] = args.lr * learning_rate(step, steps, args.warmup)
+                optimiser.step()
+                optimiser.zero_grad()
+                step, elapsed = step + 1, time.perf_counter() - began
+                seconds += elapsed
+                row = {"step": step, "epoch": epoch + 1, "loss": args.lambda_align * align + args.lambda_ce * ce, "align": align,
+                       "ce": ce, "lr": optimiser.param_groups[0]["lr"], "grad_norm": norm, "seconds": round(elapsed, 4)}
+                bar.update()
+                bar.set_postfix(loss=f"{row['loss']:.3f}", align=f"{align:.3f}", ce=f"{ce:.3f}")
+                if step % steps_an_epoch == 0:          # the dev score chooses the epoch; of equals the later one
+                    value = step
+                    if dev:
+                        answers, _ = answer(model, processor, args.dataset, dev, shifts=mimic, features=features,
+                                            **generation_options(args))
+                        value = row["dev"] = score(args.dataset, dev, answers)[0]
+                        bar.write(f"epoch {epoch + 1}: loss {row['loss']:.3f}, dev score {value:.2f}")
+                    if value >= best:
+                        best = value
+                        mimic.save(path, method="mimic", model=Path(args.model).resolve().name, dataset=args.dataset,
+                                   task=args.task, shots=args.shots, seed=args.seed, epoch=epoch + 1, torch=torch.__version__)
+                log.writerow(row)
+                file.flush()
+    return MimIC.load(path).to(model.device), seconds
+
+
+def start_run(args):
+    """The run's folder, with args.json. A folder with a run of other arguments is left alone."""
+    folder, mine = Path(args.out), vars(args)
+    if (folder / "args.json").exists():
+        old = read_json(folder / "args.json")
+        differ = sorted(k for k in mine if old.get(k, mine[k]) != mine[k])
+        if differ:
+            raise InputError(f"{folder}: expected no run or one of the same arguments, found other {', '.join(differ)}; "
+                             "choose another --out or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                                text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    about = {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "started": time.strftime("%F %T")}
+    write_atomically(folder / "args.json", json.dumps({**mine, **about}, indent=1) + "\n")
+    return folder
+
+
+def show_answers(folder, args, split, n=3):
+    """A few questions with what each method said to them."""
+    said = {}
+    for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
+        p = json.loads(line)
+        if p["dataset"] == args.dataset and p["split"] == split:
+            said.setdefault(p["id"], []).append(p)
+    for predictions in list(said.values())[:n]:
+        first = predictions[0]
+        truth = max(first["answers"], key=first["answers"].count) if first["answers"] else "?"
+        print(f"\nimage {first['image_id']}  {first['question'] or ''}  (truth: {truth})")
+        for p in predictions:
+            shots = f" {p['shots']}-shot" if p["shots"] else ""
+            print(f"  {p['method'] + shots:<12}{p['prediction']}")
+
+
+def main(argv=None):
+    args = parse(argv)
+    began = time.perf_counter()
+    model, processor = load_model(args.model, args.device, args.dtype)
+    samples, dev = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task)
+    split = DATASETS[args.dataset].eval_split
+    queries = load(args.dataset, args.data, split, args.task)[:args.limit]
+    args.epochs = args.epochs or next(n for most, n in EPOCHS if len(samples) <= most)
+    pick_icds(samples, samples[0], args.shots, "")             # too few samples? say it before the long work
+    folder, features = start_run(args), {}
+    encode_images(model, processor, samples + dev, features, "encode images")
+    encoded = time.perf_counter()
+    mimic, seconds = train(args, model, processor, samples, dev, features, folder)
+    seconds = round(seconds + encoded - began, 1)
+
+    if not all(q.answers for q in queries):
+        print(f"{args.dataset} {split} has no annotations in {args.data}: evaluating on the {len(dev)} dev samples instead")
+        split, queries = "dev", dev
+    options, rows = generation_options(args) | {"features": features, "seed": args.seed}, []
+    for shots in args.compare:
+        rows.append(evaluate(folder, model, processor, args.dataset, split, queries, "icl" if shots else "zero-shot", shots,
+                             pool=samples, **options))
+    rows.append(evaluate(folder, model, processor, args.dataset, split, queries, "mimic", 0, mimic, train_seconds=seconds,
+                         parameters=sum(p.numel() for p in mimic.parameters() if p.requires_grad), **options))
+    print("\n" + table(rows))
+    show_answers(folder, args, split)
+    print(f"\n{folder}: trained in {seconds:.0f} s, everything in {time.perf_counter() - began:.0f} s")
+    return rows
+
+
+if __name__ == "__main__":
+    run_command(main)
