@@ -228,7 +228,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
 
     def forward(self, x):
-        y = x.float()
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
         return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
@@ -399,9 +399,10 @@ class Connector(nn.Module):
 # Decoder (Mistral)
 # ---------------------------------------------------------------------------------------------------------------------
 def rope(position_ids, D, theta, dtype):
-    """cos and sin (B,1,T,D) of the rotary angles; computed in fp32, then cast."""
-    inv_freq = theta ** -(torch.arange(0, D, 2, device=position_ids.device, dtype=torch.float32) / D)
-    angles = (position_ids[:, None, :, None].float() * inv_freq).repeat(1, 1, 1, 2)
+    """cos and sin (B,1,T,D) of the rotary angles; computed in fp32 (fp64 for fp64), then cast."""
+    exact = torch.promote_types(dtype, torch.float32)
+    inv_freq = theta ** -(torch.arange(0, D, 2, device=position_ids.device, dtype=exact) / D)
+    angles = (position_ids[:, None, :, None].to(exact) * inv_freq).repeat(1, 1, 1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -68,7 +68,7 @@ def parse(argv):
     method.add_argument("--lambda-align", type=float, default=1.0, help="weight of L_align; 0 = no teacher (default %(default)s)")
     method.add_argument("--lambda-ce", type=float, default=0.5, help="weight of the LM loss, λ (default %(default)s)")
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=int, default=None, help="passes over the samples (default: 15 below 100 samples, 10 up to 500, else 5)")
+    optimisation.add_argument("--epochs", type=int, default=None, help="(default: 15 below 100 samples, 10 up to 500, else 5)")
     optimisation.add_argument("--batch-size", type=int, default=4, help="queries at a time (default %(default)s)")
     optimisation.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step (default %(default)s)")
     optimisation.add_argument("--lr", type=float, default=5e-3, help="highest learning rate of AdamW (default %(default)s)")
