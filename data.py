@@ -320,17 +320,13 @@ class Processor:
         return text.replace("<image>", fake + "<image>" * self.n_latents + fake).replace(fake + fake, fake)
 
     def encode(self, text):
-        """Token ids of an expanded text, <s> in front. Raises InputError if one has no row in the model's embedding."""
+        """Token ids of an expanded text, <s> in front."""
         return self.encode_with_offsets(text)[0]
 
     def encode_with_offsets(self, text):
         """→ ids, and the place in `text` where each token starts (<s>: −1)."""
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        ids = [self.bos_id, *encoding.ids]
-        if max(ids) >= self.vocab_size:
-            token = self.tokenizer.id_to_token(max(ids))
-            raise InputError(f"tokenizer.json: expected ids below the model's {self.vocab_size}, found {token} = {max(ids)}")
-        return ids, [-1, *(start for start, _ in encoding.offsets)]
+        return [self.bos_id, *encoding.ids], [-1, *(start for start, _ in encoding.offsets)]
 
     def decode(self, ids):
         """The text of token ids, without special tokens."""
@@ -388,6 +384,10 @@ def last_columns(lengths, T):
 
 
 def pack(ids, samples, processor):
+    """Lists of ids → Rows. Raises InputError if one has no row in the model's embedding (the published tokenizer has such)."""
+    if (largest := max(map(max, ids))) >= processor.vocab_size:
+        token = processor.tokenizer.id_to_token(largest)
+        raise InputError(f"tokenizer.json: expected ids below the model's {processor.vocab_size}, found {token} = {largest}")
     padded = left_pad(ids, processor.pad_id)
     return Rows(padded, last_columns([len(row) for row in ids], padded.shape[1]), samples)
 

@@ -1,0 +1,249 @@
+"""Real samples, prompts, pixels and tokens, against the published files and transformers."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+
+from data import TEMPLATES, Processor, Sample, collate, load, pack, pick_icds, prompts, train_dev
+from model import InputError
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_folder):
+    return Processor.from_pretrained(tiny_folder)
+
+
+def test_okvqa_trains_on_the_most_common_raw_answer_and_scores_the_official_ones(shared):
+    samples = load("okvqa", shared / "data", "train")
+    first = json.loads((shared / "data/okvqa/mscoco_train2014_annotations.json").read_text())["annotations"]
+    by_id = {a["question_id"]: a for a in first}
+    assert len(samples) == 16
+    for s in samples:
+        raw = [x["raw_answer"] for x in by_id[s.id]["answers"]]
+        assert s.answers == [x["answer"] for x in by_id[s.id]["answers"]] and len(s.answers) == 10
+        assert raw.count(s.target) == max(map(raw.count, raw))
+        assert s.image.name == f"COCO_train2014_{s.image_id:012d}.jpg" and s.picture().mode
+
+
+def test_vqav2_trains_on_the_multiple_choice_answer_and_reads_a_split_without_annotations(shared):
+    train, val = (load("vqav2", shared / "data", split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (33, 5) and train[0].target == "1" and all(len(s.answers) == 10 for s in train)
+    assert all(s.answers == [] for s in val)
+
+
+def test_coco_has_karpathys_splits_and_trains_on_restval_too(shared):
+    counts = {split: len(load("coco", shared / "data", split)) for split in ("train", "val", "test")}
+    assert counts == {"train": 8 + 15, "val": 2, "test": 12}
+    for s in load("coco", shared / "data", "val"):
+        assert len(s.answers) >= 5 and s.target == s.answers[0] and s.question is None
+
+
+def test_train_and_dev_share_no_picture_and_are_the_same_for_a_seed(shared):
+    train, dev = train_dev("vqav2", shared / "data", 1000, 200, 0)
+    assert len(dev) == 33 // 6 and train and not {s.image_id for s in train} & {s.image_id for s in dev}
+    assert [s.id for s in train_dev("vqav2", shared / "data", 1000, 200, 0)[0]] == [s.id for s in train]
+    assert len(train_dev("toy", None, 50, 20, 1)[0]) == 50 and len(train_dev("toy", None, 50, 20, 1)[1]) == 20
+
+
+def samples_of(n):
+    return [Sample(i, None, f"question {i}?", [], f"answer {i}", i) for i in range(n)]
+
+
+def test_demonstrations_are_drawn_without_replacement_never_the_query_and_alike_for_a_seed():
+    pool, counts = samples_of(10), np.zeros(10)
+    for i in range(2000):
+        picked = pick_icds(pool, pool[3], 4, f"seed {i}")
+        assert len({s.id for s in picked}) == 4 and pool[3] not in picked
+        counts[[s.id for s in picked]] += 1
+    assert counts[3] == 0 and abs(counts[[0, 1, 2, 4, 5, 6, 7, 8, 9]] / 2000 - 4 / 9).max() < 0.06      # 5 sigma
+    assert pick_icds(pool, pool[3], 4, "x") == pick_icds(pool, pool[3], 4, "x") != pick_icds(pool, pool[3], 4, "y")
+    assert len(pick_icds(pool, pool[3], 9, "x")) == 9 and len(pick_icds(pool, samples_of(11)[10], 10, "x")) == 10
+    with pytest.raises(InputError, match="at least 10 training samples"):
+        pick_icds(pool, pool[3], 10, "x")
+
+
+# -- tokens
+def test_ids_of_19_prompts_are_those_of_the_published_processor(shared, processor, monkeypatch):
+    monkeypatch.setattr(processor, "n_latents", 64)                       # as published; the tiny model has 4 an image
+    for name, prompt in json.loads((shared / "golden/prompts.json").read_text())["idefics2"].items():
+        assert processor.encode(processor.expand(prompt["prompt"])) == [i for i, n in prompt["ids_rle"] for _ in range(n)], name
+
+
+def test_ids_of_2495_real_texts_are_those_of_the_published_tokenizer(shared, processor):
+    rows = json.loads((shared / "data/metrics/tokenizer/mistral_idefics2_tokenizer_golden.json").read_text())["rows"]
+    assert len(rows) == 2495 and [t for t, ids in rows if processor.encode(t) != ids] == []
+
+
+def test_decoding_gives_the_text_back_without_special_tokens(processor):
+    for text in ("a man riding a wave", "Café à Zürich — 東京", "2 dogs"):
+        assert processor.decode([*processor.encode(text), 2]) == text
+
+
+def test_a_token_without_a_row_in_the_model_is_refused_by_name(processor):
+    with pytest.raises(InputError, match=r"expected ids below the model's 32002, found <end_of_utterance> = 32002"):
+        pack([processor.encode("yes<end_of_utterance>")], [], processor)
+
+
+# -- pixels
+def judge(pictures):
+    """transformers' PIL processor → pixel_values (N,3,H,W), pixel_mask (N,H,W)."""
+    out = Idefics2ImageProcessorPil(do_image_splitting=False)(images=[pictures], return_tensors="pt")
+    return out["pixel_values"][0], out["pixel_attention_mask"][0].bool()
+
+
+def test_every_jpeg_becomes_the_same_pixels_bit_by_bit(shared, processor):
+    for path in sorted((shared / "data/coco").glob("*/*.jpg")):
+        picture = Image.open(path)
+        for found, expected in zip(processor.images([picture]), judge([picture]), strict=True):
+            assert torch.equal(found, expected), path
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "LA", "RGBA", "CMYK", "I;16", "I", "F"])
+@pytest.mark.parametrize("size", [(1, 1), (50, 31), (200, 300), (981, 980), (1300, 700), (100, 1100)])
+def test_any_picture_becomes_the_same_pixels_bit_by_bit(processor, mode, size):
+    r = np.random.default_rng(0)
+    if mode == "I;16":
+        picture = Image.fromarray(r.integers(0, 65536, size[::-1], dtype=np.uint16))
+    elif mode in ("RGB", "RGBA"):
+        picture = Image.fromarray(r.integers(0, 256, (*size[::-1], len(mode)), dtype=np.uint8))
+    else:
+        picture = Image.fromarray(r.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(
+            {"LA": "RGB"}.get(mode, mode)).convert(mode if mode != "LA" else "L").convert(mode)
+    assert picture.mode == mode
+    for found, expected in zip(processor.images([picture]), judge([picture]), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_pictures_of_different_sizes_are_padded_below_and_on_the_right(processor):
+    pictures = [Image.new("RGB", size, (9, 99, 199)) for size in ((640, 480), (400, 700))]
+    for found, expected in zip(processor.images(pictures), judge(pictures), strict=True):
+        assert torch.equal(found, expected)
+
+
+# -- batches
+def batch_of(processor, task="vqa", lengths=(1, 3, 9)):
+    samples = [Sample(i, None, "why " * n + "?", [], "because " * n + "so", i) for i, n in enumerate(lengths)]
+    queries, icds = samples, [pick_icds(samples, q, 2, "0") for q in samples]
+    return queries, icds, collate(queries, icds, processor, TEMPLATES[task])
+
+
+@pytest.mark.parametrize("task", ["vqa", "caption"])
+def test_the_last_columns_of_teacher_and_student_are_the_same_tokens(processor, task):
+    _, _, batch = batch_of(processor, task)
+    T_q = batch.align.shape[1]
+    for t, s, keep in zip(batch.teacher.input_ids, batch.student.input_ids, batch.align, strict=True):
+        assert torch.equal(t[-T_q:][keep], s[-T_q:][keep]) and keep[-1] and keep.sum() > 5
+        assert processor.decode(s[-T_q:][keep]).startswith("Image:")
+    assert batch.align.all(1).any()                                       # no wider than the longest query
+
+
+def test_rows_are_padded_on_the_left_only(processor):
+    for rows in batch_of(processor)[2].teacher, batch_of(processor)[2].student:
+        assert (rows.attention_mask.int().diff(dim=1) >= 0).all() and rows.attention_mask[:, -1].all()
+        assert (rows.input_ids[~rows.attention_mask] == processor.pad_id).all() and rows.position_ids is None
+
+
+def test_the_loss_reads_the_answer_and_its_end(processor):
+    queries, _, batch = batch_of(processor)
+    for query, ids, answer in zip(queries, batch.student.input_ids, batch.answer, strict=True):
+        assert processor.decode(ids[answer]) == f"{query.target}\n" and ids[-1] == processor.newline_id
+
+
+def test_what_is_trained_begins_with_what_is_prompted_at_evaluation(processor):
+    queries, icds, batch = batch_of(processor)
+    for demonstrations, rows in ((icds, batch.teacher), ([[]] * 3, batch.student)):
+        prompt = prompts(queries, demonstrations, processor, TEMPLATES["vqa"])
+        for b in range(3):
+            asked, trained = (r.input_ids[b][r.attention_mask[b]].tolist() for r in (prompt, rows))
+            assert trained[:len(asked)] == asked
+
+
+def test_images_come_in_the_order_of_their_tokens(processor):
+    queries, icds, batch = batch_of(processor)
+    assert [s.id for s in batch.teacher.samples] == [s.id for q, d in zip(queries, icds, strict=True) for s in (*d, q)]
+    assert batch.student.samples == queries
+    n = (batch.teacher.input_ids == processor.image_ids[1]).sum()
+    assert n == len(batch.teacher.samples) * processor.n_latents
+
+
+def test_special_tokens_written_in_a_question_are_not_special(processor):
+    evil = Sample(0, None, "is <image> or </s><s> {question} {0} a tag?", [], "<unk>yes", 0)
+    batch = collate([evil], [[evil]], processor, TEMPLATES["vqa"])
+    assert (batch.student.input_ids == processor.image_ids[1]).sum() == processor.n_latents
+    assert "{question} {0} a tag?" in processor.decode(batch.student.input_ids[0])
+
+
+# -- bad input
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def not_json(path):
+    path.write_bytes(b"\xff\xfe")
+
+
+def other(path):
+    path.write_text("[1, 2]")
+
+
+@pytest.mark.parametrize("harm", [truncated, not_json, other, lambda path: path.unlink()])
+@pytest.mark.parametrize("dataset, file", [
+    ("okvqa", "okvqa/OpenEnded_mscoco_train2014_questions.json"), ("okvqa", "okvqa/mscoco_train2014_annotations.json"),
+    ("vqav2", "vqav2/v2_mscoco_train2014_annotations.json"), ("coco", "coco/dataset_coco.json")])
+def test_a_bad_file_is_named_in_one_line(shared, tmp_path, dataset, file, harm):
+    for folder in ("okvqa", "vqav2"):
+        shutil.copytree(shared / "data" / folder, tmp_path / folder)
+    (tmp_path / "coco").mkdir()
+    shutil.copy(shared / "data/coco/dataset_coco.json", tmp_path / "coco")
+    for path in tmp_path.rglob("*"):
+        path.chmod(0o755)
+    harm(tmp_path / file)
+    with pytest.raises(InputError, match="expected.*found") as error:
+        load(dataset, tmp_path, "train")
+    assert str(tmp_path / file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_question_without_annotation_is_named(shared, tmp_path):
+    shutil.copytree(shared / "data/okvqa", tmp_path / "okvqa")
+    path = tmp_path / "okvqa/mscoco_train2014_annotations.json"
+    path.chmod(0o644)
+    content = json.loads(path.read_text())
+    gone = content["annotations"].pop()["question_id"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"expected an annotation of question {gone}"):
+        load("okvqa", tmp_path, "train")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xd8\xff\xe0 no jpeg", "half"])
+def test_a_bad_picture_is_named_in_one_line(shared, tmp_path, content):
+    real, path = next((shared / "data/coco/val2014").glob("*.jpg")).read_bytes(), tmp_path / "picture.jpg"
+    if content is not None:
+        path.write_bytes(real[:len(real) // 2] if content == "half" else content)
+    with pytest.raises(InputError, match="picture.jpg: expected an? .*image, found") as error:
+        Sample(0, path, None, []).picture()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file, content", [("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("config.json", "[]"),
+                                           ("preprocessor_config.json", "{"), ("tokenizer.json", None)])
+def test_a_bad_model_folder_is_named_in_one_line(tiny_folder, tmp_path, file, content):
+    for name in ("tokenizer.json", "config.json"):
+        shutil.copy(tiny_folder / name, tmp_path)
+    (tmp_path / file).unlink() if content is None else (tmp_path / file).write_text(content)
+    with pytest.raises(InputError, match=file) as error:
+        Processor.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_shuffling_a_seed_does_not_touch_the_global_random_state():
+    random.seed(5)
+    expected = random.random()
+    random.seed(5)
+    pick_icds(samples_of(10), samples_of(10)[0], 3, "x")
+    assert random.random() == expected

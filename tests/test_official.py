@@ -1,0 +1,134 @@
+"""Equal to the official MimIC code, from recordings of it running on a tiny Idefics2 (golden/official_mimic)."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from data import OFFICIAL_TEMPLATES, Processor, Sample, collate
+from mimic import MimIC, Recorder, align_loss
+from model import Idefics2
+from train import losses, parse
+
+
+@pytest.fixture(scope="module")
+def golden(shared):
+    return load_file(shared / "golden/official_mimic/golden.safetensors")
+
+
+@pytest.fixture(scope="module")
+def model(shared):
+    return Idefics2.from_pretrained(shared / "golden/official_mimic/model")
+
+
+def features(model, golden, prefix):
+    """Image features of a recorded batch; pictures that are padding are all zero."""
+    values, mask = golden[f"{prefix}.pixel_values"].flatten(0, 1), golden[f"{prefix}.pixel_attention_mask"].flatten(0, 1).bool()
+    real = values.flatten(1).any(1)
+    return model.encode_images(values[real], mask[real])
+
+
+def adapter(golden, z2="masked"):
+    mimic = MimIC(*golden["adapter.v"].shape, z2=z2)
+    mimic.load_state_dict({"vector": golden["adapter.v"], **{f: golden[f"adapter.{f}"] for f in ("f_weight", "f_bias")}})
+    return mimic
+
+
+def forward(model, golden, who, shifts):
+    ids, mask = golden[f"{who}.input_ids"], golden[f"{who}.attention_mask"]
+    counted = torch.arange(ids.shape[1]).expand(ids.shape)                 # the official forward numbers padding too
+    return model(ids, mask, features(model, golden, who), shifts, counted), ids, mask
+
+
+def close(found, expected, bound=2e-5):
+    """Within `bound` of the largest recorded value: fp32 sums in another order."""
+    assert (found - expected).abs().max() <= bound * expected.abs().max().clamp(min=1e-3)
+
+
+@pytest.mark.parametrize("z2", ["masked", "unmasked"])
+def test_states_losses_and_gradients_are_the_official_ones(model, golden, z2):
+    recorded = {k.removeprefix(f"mimic_{z2}_z2."): v for k, v in golden.items() if k.startswith(f"mimic_{z2}_z2.")}
+    mimic, teacher = adapter(golden, z2), Recorder(last=golden["student.input_ids"].shape[1])
+    with torch.no_grad():
+        forward(model, golden, "teacher", teacher)
+    student = Recorder(mimic)
+    logits, ids, mask = forward(model, golden, "student", student)
+    close(logits[mask], recorded["logits"][mask])
+    for layer, states in enumerate(student.ffn):
+        close(states[mask], recorded["ffn"][layer][mask])
+    align = align_loss(student.ffn, teacher.ffn, mask & (ids != 1))
+    ce = F.cross_entropy(logits[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]])
+    close(align, recorded["ffn_mse_loss"])
+    close(ce, recorded["ce_loss"])
+    (align + 0.5 * ce).backward()
+    for name, p in (("v", mimic.vector), ("f_weight", mimic.f_weight), ("f_bias", mimic.f_bias)):
+        close(p.grad, recorded[f"grad.{name}"])
+
+
+def test_teacher_states_and_logits_are_the_official_ones(model, golden):
+    teacher = Recorder()
+    logits, _, mask = forward(model, golden, "teacher", teacher)
+    close(logits[mask], golden["teacher.logits"][mask])
+    for layer, states in enumerate(teacher.ffn):
+        close(states[mask], golden["teacher.ffn"][layer][mask])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("prompt, method", [("zero", "plain"), ("zero", "mimic"), ("few", "plain")])
+def test_generated_ids_are_the_official_ones(model, golden, prompt, method, beams):
+    expected = golden[f"gen.{prompt}.{method}.beams{beams}"]
+    shifts = adapter(golden) if method == "mimic" else None
+    found = model.generate(golden[f"gen.{prompt}.input_ids"], golden[f"gen.{prompt}.attention_mask"],
+                           features(model, golden, f"gen.{prompt}"), 10, beams, 0.0, shifts)
+    for a, b in zip(found.tolist(), expected.tolist(), strict=True):
+        n = b.index(2) + 1 if 2 in b else len(b)
+        assert a[:n] == b[:n]
+
+
+def test_prefill_logits_of_generation_are_the_official_ones(model, golden):
+    ids, mask = golden["gen.zero.input_ids"], golden["gen.zero.attention_mask"].bool()
+    counted = torch.arange(ids.shape[1]).expand(ids.shape)
+    for method, shifts in (("plain", None), ("mimic", adapter(golden))):
+        logits = model(ids, mask, features(model, golden, "gen.zero"), shifts, counted)
+        close(logits[mask], golden[f"gen.zero.{method}.prefill_logits"][mask])
+
+
+@pytest.fixture(scope="module")
+def batch(shared, golden):
+    """The recorded training step from its texts and pictures, through our prompts, tokens and image transform."""
+    folder = shared / "golden/official_mimic"
+    rows = []
+    for r, turns in enumerate(json.loads((folder / "golden.json").read_text())["train"]["qas"]):
+        rows.append([Sample(10 * r + i, folder / f"image_{r}_{i}.png", q, [a], a, 10 * r + i) for i, (q, a) in enumerate(turns)])
+    processor = Processor.from_pretrained(folder / "model")
+    return collate([row[-1] for row in rows], [row[:-1] for row in rows], processor, OFFICIAL_TEMPLATES["vqa"]), processor
+
+
+def test_official_prompts_give_the_official_ids_masks_and_pixels(batch, golden):
+    batch, processor = batch
+    for who, rows in (("teacher", batch.teacher), ("student", batch.student)):
+        assert torch.equal(rows.input_ids, golden[f"{who}.input_ids"])
+        assert torch.equal(rows.attention_mask, golden[f"{who}.attention_mask"])
+        values, mask = processor.images([s.picture() for s in rows.samples])
+        expected = golden[f"{who}.pixel_values"].flatten(0, 1)[:, :, :values.shape[2], :values.shape[3]]
+        assert torch.equal(values, expected)
+        assert torch.equal(mask, golden[f"{who}.pixel_attention_mask"].flatten(0, 1).bool()[:, :mask.shape[1], :mask.shape[2]])
+
+
+def test_train_py_official_takes_the_official_step(model, golden, batch):
+    """The same losses and gradients through train.py's own functions: `python train.py --official`."""
+    batch, processor = batch
+    args = parse(["--official"])
+    by_image = {}
+    for rows in (batch.teacher, batch.student):
+        values, mask = processor.images([s.picture() for s in rows.samples])
+        by_image |= zip((s.image_id for s in rows.samples), model.encode_images(values, mask), strict=True)
+    mimic = adapter(golden, args.z2)
+    align, ce = losses(model, mimic, batch, by_image, args)
+    close(align, golden["mimic_unmasked_z2.ffn_mse_loss"])
+    close(ce, golden["mimic_unmasked_z2.ce_loss"])
+    (args.lambda_align * align + args.lambda_ce * ce).backward()
+    for name, p in (("v", mimic.vector), ("f_weight", mimic.f_weight), ("f_bias", mimic.f_bias)):
+        close(p.grad, golden[f"mimic_unmasked_z2.grad.{name}"])
