@@ -1,0 +1,172 @@
+"""The command lines as a researcher types them: real pictures and questions, the real tokenizer, a tiny random Idefics2."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+import eval as evaluation
+import train
+from model import InputError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def run_train(dataset, tiny_folder, shared, out, *more):
+    """One set of demonstrations a query and a high rate, so that a handful of steps on random weights can be seen to work."""
+    return train.main(["--dataset", dataset, "--model", str(tiny_folder), "--data", str(shared / "data"), "--out", str(out),
+                       "--epochs", "8", "--lr", "0.05", "--draws", "1", "--num-beams", "2", *more])
+
+
+@pytest.fixture(scope="module")
+def okvqa_run(tiny_folder, shared, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "okvqa"
+    run_train("okvqa", tiny_folder, shared, out, "--compare", "0", "2")
+    return out
+
+
+def epoch_means(folder, column):
+    rows = list(csv.DictReader(open(folder / "log.csv")))
+    epochs = sorted({int(r["epoch"]) for r in rows})
+    values = [[float(r[column]) for r in rows if int(r["epoch"]) == e] for e in epochs]
+    return [sum(v) / len(v) for v in values]
+
+
+def check_run(folder, dataset, split, methods):
+    for column in ("loss", "align", "ce"):
+        means = epoch_means(folder, column)
+        assert means[-1] < means[0], (column, means)
+    rows = json.loads((folder / "results.json").read_text())
+    assert [(r["dataset"], r["split"], r["method"], r["shots"]) for r in rows] == [(dataset, split, *m) for m in methods]
+    lines = [json.loads(x) for x in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == sum(r["n"] for r in rows) and all(isinstance(x["prediction"], str) for x in lines)
+    for r in rows:
+        assert 0 <= r["score"] <= 1000 and r["n"] > 0 and r["ms_per_query"] > 0 and r["prompt_tokens"] > 4
+    assert rows[-1]["parameters"] == 3 * 4 * (16 + 16 + 1) and rows[-1]["train_seconds"] > 0
+    args = json.loads((folder / "args.json").read_text())
+    assert args["dataset"] == dataset and args["torch"] and "commit" in args
+    with safe_open(folder / "mimic.safetensors", "pt") as file:
+        about = file.metadata()
+    assert about["method"] == "mimic" and about["dataset"] == dataset and about["z2"] == "masked"
+
+
+def test_train_okvqa_lowers_the_loss_evaluates_and_writes_its_files(okvqa_run):
+    check_run(okvqa_run, "okvqa", "val", [("zero-shot", 0), ("icl", 2), ("mimic", 0)])
+
+
+def test_train_coco_lowers_the_loss_evaluates_and_writes_its_files(tiny_folder, shared, tmp_path):
+    run_train("coco", tiny_folder, shared, tmp_path / "coco")
+    check_run(tmp_path / "coco", "coco", "val", [("mimic", 0)])
+
+
+def test_train_vqav2_without_val_annotations_evaluates_on_dev(tiny_folder, shared, tmp_path, capsys):
+    run_train("vqav2", tiny_folder, shared, tmp_path / "vqav2")
+    check_run(tmp_path / "vqav2", "vqav2", "dev", [("mimic", 0)])
+    assert "no annotations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dataset", ["okvqa", "coco"])
+def test_train_official_runs(dataset, tiny_folder, shared, tmp_path):
+    rows = run_train(dataset, tiny_folder, shared, tmp_path / "run", "--official", "--epochs", "1", "--limit", "2")
+    args = json.loads((tmp_path / "run/args.json").read_text())
+    assert (args["align_on"], args["ce_on"], args["z2"], args["align_norm"]) == ("ffn", "sequence", "unmasked", False)
+    assert rows[-1]["n"] == 2
+
+
+def test_accumulated_batches_take_the_same_steps_as_one_large_batch(tiny_folder, shared, tmp_path):
+    """Equal but for rounding where the parts are equal: 12 samples, 4 x 1 or 2 x 2 (captions of one length each count alike)."""
+    for name, sizes in (("one", ("4", "1")), ("two", ("2", "2"))):
+        run_train("okvqa", tiny_folder, shared, tmp_path / name, "--samples", "12", "--batch-size", sizes[0], "--accumulate",
+                  sizes[1], "--epochs", "1", "--limit", "1", "--lambda-ce", "0")
+    one, two = (epoch_means(tmp_path / name, "align") for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_eval_of_a_run_gives_the_runs_own_answers_again(okvqa_run, tmp_path):
+    trained = json.loads((okvqa_run / "results.json").read_text())[-1]
+    row = evaluation.main(["--run", str(okvqa_run), "--out", str(tmp_path / "again")])
+    same = ("dataset", "split", "method", "shots", "metric", "score", "n", "parameters", "prompt_tokens", "train_seconds", "seed")
+    assert {k: row[k] for k in same} == {k: trained[k] for k in same}
+    old = [json.loads(x) for x in (okvqa_run / "predictions.jsonl").read_text().splitlines()]
+    new = [json.loads(x) for x in (tmp_path / "again/predictions.jsonl").read_text().splitlines()]
+    assert [x["prediction"] for x in old if x["method"] == "mimic"] == [x["prediction"] for x in new]
+
+
+def test_eval_of_the_base_model_replaces_its_row_and_keeps_the_others(tiny_folder, shared, tmp_path):
+    common = ["--dataset", "okvqa", "--model", str(tiny_folder), "--data", str(shared / "data"), "--out", str(tmp_path)]
+    common += ["--limit", "3"]
+    evaluation.main([*common, "--method", "zero-shot"])
+    for _ in range(2):
+        evaluation.main([*common, "--method", "icl", "--shots", "3"])
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [(r["method"], r["shots"], r["n"]) for r in rows] == [("zero-shot", 0, 3), ("icl", 3, 3)]
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 6
+
+
+def test_eval_answers_a_split_without_annotations_unscored(tiny_folder, shared, tmp_path, capsys):
+    row = evaluation.main(["--dataset", "vqav2", "--model", str(tiny_folder), "--data", str(shared / "data"),
+                           "--out", str(tmp_path)])
+    assert row["score"] is None and row["n"] == 5 and "not scored" in capsys.readouterr().out
+
+
+def test_batch_size_and_order_change_no_answer(tiny_folder, shared):
+    from data import load
+    model, processor = evaluation.load_model(tiny_folder, "cpu", "float32")
+    queries = load("okvqa", shared / "data", "val")[:6]
+    said = [evaluation.answer(model, processor, "okvqa", order, batch_size=size)[0]
+            for order, size in ((queries, 1), (queries, 4), (queries[::-1], 6))]
+    assert said[0] == said[1] == said[2][::-1]
+
+
+def test_a_run_of_other_arguments_is_not_overwritten(okvqa_run, tiny_folder, shared):
+    with pytest.raises(InputError, match="found other epochs"):
+        run_train("okvqa", tiny_folder, shared, okvqa_run, "--compare", "0", "2", "--epochs", "1")
+
+
+def test_an_adapter_of_another_model_is_refused(okvqa_run, tmp_path, shared):
+    from conftest import TINY_CONFIG, save_model
+    config = json.loads(json.dumps(TINY_CONFIG))
+    config["text_config"]["num_hidden_layers"] = 2
+    shutil.copy(shared / "data/tokenizer/tokenizer.json", save_model(tmp_path / "other", config))
+    with pytest.raises(InputError, match=r"expected an adapter of \(2, 4, 16\).*found \(3, 4, 16\)"):
+        evaluation.main(["--run", str(okvqa_run), "--model", str(tmp_path / "other")])
+
+
+def command(*words):
+    return subprocess.run([sys.executable, *map(str, words)], cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_a_users_mistake_is_one_line_and_exit_status_2(shared, tiny_folder, tmp_path):
+    images = tmp_path / "data/coco/train2014"
+    shutil.copytree(shared / "data/okvqa", tmp_path / "data/okvqa")
+    shutil.copytree(shared / "data/coco/train2014", images)
+    bad = images / f"COCO_train2014_{237831:012d}.jpg"
+    bad.chmod(0o644)
+    bad.write_bytes(b"no picture")
+    shutil.copytree(tiny_folder, tmp_path / "cut")
+    weights = tmp_path / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    okvqa = ("train.py", "--dataset", "okvqa", "--out", tmp_path / "run")
+    for words, file in (
+            ((*okvqa, "--model", tmp_path / "none", "--data", shared / "data"), "none"),
+            ((*okvqa, "--model", tmp_path / "cut", "--data", shared / "data"), "cut/model.safetensors"),
+            ((*okvqa, "--model", tiny_folder, "--data", tmp_path / "nowhere"), "nowhere"),
+            ((*okvqa, "--model", tiny_folder, "--data", tmp_path / "data"), "237831.jpg"),
+            ((*okvqa, "--model", tiny_folder, "--data", shared / "data", "--shots", "20"), "20 shots"),
+            (("eval.py", "--run", tmp_path), "args.json")):
+        found = command(*words)
+        errors = [line for line in found.stderr.splitlines() if "it/s" not in line and "image/s" not in line and line.strip()]
+        assert found.returncode == 2 and errors[-1].startswith("error: ") and file in errors[-1], found.stderr
+        assert "Traceback" not in found.stderr and "expected" in errors[-1] and "found" in errors[-1]
+    assert not (tmp_path / "run/mimic.safetensors").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_help_is_documentation(script):
+    text = command(script, "--help").stdout
+    assert "--dataset" in text and "default" in text and "python train.py" in text or "python eval.py" in text
