@@ -401,7 +401,7 @@ class Connector(nn.Module):
 def rope(position_ids, D, theta, dtype):
     """cos and sin (B,1,T,D) of the rotary angles; computed in fp32 (fp64 for fp64), then cast."""
     exact = torch.promote_types(dtype, torch.float32)
-    inv_freq = theta ** -(torch.arange(0, D, 2, device=position_ids.device, dtype=exact) / D)
+    inv_freq = 1.0 / theta ** (torch.arange(0, D, 2, device=position_ids.device, dtype=exact) / D)
     angles = (position_ids[:, None, :, None].to(exact) * inv_freq).repeat(1, 1, 1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
