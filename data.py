@@ -45,7 +45,9 @@ TEMPLATES = {
                     "Instruction: Provide an answer to the question. Use the image to answer.\n", stop=VQA_STOP),
     "caption": Template("Image:<image>\nCaption:", "Instruction: provide a short caption of the input image.\n",
                         stop=CAPTION_STOP),
-    "toy": Template("Image:<image> Question: {question} Answer:"),
+    # The answer's first word follows the question's last: what a model of six layers needs to find "the answer that stood behind
+    # this question before" (an induction head) then forms in a few hundred steps; with a word between them it did not in thousands.
+    "toy": Template("Image:<image> {question}"),
     "toy-caption": Template("Image:<image> Caption:"),
 }
 # What the official code feeds Idefics2: a misspelt token that reaches the model as text, no instruction before the student's

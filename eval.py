@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from baselines.live import LIVE
 from data import DATASETS, OFFICIAL_TEMPLATES, TEMPLATES, Processor, load, pick_icds, prompts, train_dev
 from metrics import cider, vqa_accuracy
 from mimic import MimIC
 from model import Idefics2, InputError, read_json
 
+ADAPTERS = {"mimic": MimIC, "live": LIVE}        # trained by train.py; a run's file is <method>.safetensors
 PIXELS_AT_ONCE = 2_000_000        # pixels the vision tower encodes together: six COCO pictures, or a thousand toy ones
 
 
@@ -245,12 +247,12 @@ def main(argv=None):
     queries = load(args.dataset, args.data, split, args.task)[:args.limit]
     options, folder = generation_options(args), Path(args.out or args.run or f"runs/{args.dataset}-{args.method}")
     if args.run:
-        mimic = MimIC.load(Path(args.run) / "mimic.safetensors").to(args.device)
-        check_fits(mimic, model, args.run)
-        method, shots = "mimic", 0
-        options |= {"shifts": mimic, "parameters": sum(p.numel() for p in mimic.parameters())}
+        method, shots = saved["method"], 0
+        adapter = ADAPTERS[method].load(Path(args.run) / f"{method}.safetensors").to(args.device)
+        check_fits(adapter, new_adapter(method, model), args.run)
+        options |= {"shifts": adapter, "parameters": count(adapter)}
         old = Path(args.run) / "results.json"
-        trained = [r["train_seconds"] for r in (read_json(old) if old.exists() else []) if r["method"] == "mimic"]
+        trained = [r["train_seconds"] for r in (read_json(old) if old.exists() else []) if r["method"] == method]
         options["train_seconds"] = trained[0] if trained else 0
     else:
         method, shots = args.method, (8 if args.shots is None else args.shots) if args.method == "icl" else 0
@@ -263,11 +265,22 @@ def main(argv=None):
     return row
 
 
-def check_fits(mimic, model, where):
+def new_adapter(method, model, **options):
+    """An untrained adapter for the model, on its device."""
     c = model.config.text
-    expected, found = (c.num_hidden_layers, c.num_attention_heads, c.head_dim), tuple(mimic.vector.shape)
+    shape = (c.num_hidden_layers, c.hidden_size) if method == "live" else (c.num_hidden_layers, c.num_attention_heads, c.head_dim)
+    return ADAPTERS[method](*shape, **options).to(model.device)
+
+
+def count(adapter):
+    """Its trained parameters."""
+    return sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+
+
+def check_fits(adapter, fresh, where):
+    found, expected = tuple(adapter.vector.shape), tuple(fresh.vector.shape)
     if found != expected:
-        raise InputError(f"{where}: expected an adapter of {expected} layers, heads and head_dim as the model has, found {found}")
+        raise InputError(f"{where}: expected an adapter whose vectors are {expected} as for this model, found {found}")
 
 
 def run_command(main):

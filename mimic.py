@@ -61,6 +61,10 @@ class MimIC(nn.Module, Shifts):
         for f in self.f_weight, self.f_bias:
             f.requires_grad_(mu_of != "one")
 
+    def groups(self, lr):
+        """Parameter groups of the optimiser."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
+
     def f(self, layer, q):
         """f(q) ≈ log Z1.  q (B,H,T,D), rotated as in the attention, not scaled by 1/√D → (B,H,T)."""
         return torch.einsum("bhtd,hd->bht", q.to(self.f_weight.dtype), self.f_weight[layer]) + self.f_bias[layer][:, None]
@@ -86,21 +90,26 @@ class MimIC(nn.Module, Shifts):
     @classmethod
     def load(cls, path):
         """The adapter in a file that `save` wrote. Raises InputError if the file is something else."""
-        try:
-            with safe_open(path, "pt") as file:
-                tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        except FileNotFoundError:
-            raise InputError(f"{path}: expected a MimIC adapter, found nothing") from None
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{path}: expected a MimIC adapter in safetensors, found: {e}") from None
+        tensors, about = read_adapter(path, "MimIC")
         shapes = {name: tuple(x.shape) for name, x in tensors.items()}
         L, H, D = (shapes.get("vector", ()) + (0, 0, 0))[:3]
         expected = {"vector": (L, H, D), "f_weight": (L, H, D), "f_bias": (L, H)}
         if shapes != expected:
-            raise InputError(f"{path}: expected tensors vector (L,H,D), f_weight (L,H,D), f_bias (L,H), found {shapes}")
+            raise InputError(f"{path}: expected a MimIC adapter with vector, f_weight (L,H,D) and f_bias (L,H), found {shapes}")
         mimic = cls(L, H, D, about.get("z2", "masked"), about.get("mu_of", "head"))
         mimic.load_state_dict(tensors)
         return mimic
+
+
+def read_adapter(path, what):
+    """The tensors and the metadata of an adapter file. Raises InputError, naming `what` was expected, if it is no safetensors."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except FileNotFoundError:
+        raise InputError(f"{path}: expected a {what} adapter, found nothing") from None
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: expected a {what} adapter in safetensors, found: {e}") from None
 
 
 def save_atomically(tensors, path, metadata):

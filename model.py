@@ -12,6 +12,7 @@ behaviour is that of transformers' Idefics2ForConditionalGeneration, which the t
 """
 
 import json
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -113,7 +114,8 @@ class Config:
                     value = 0
                 if value is None:
                     continue
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or (f.type is int and value != int(value)):
+                number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+                if not number or (f.type is int and value != int(value)):
                     refuse(f"{prefix}{f.name}", f"to be {f.type.__name__}", value)
                 if value < 0 or (value == 0 and f.default != 0 and "token_id" not in f.name and f.name != "sliding_window"):
                     refuse(f"{prefix}{f.name}", "to be positive", value)
@@ -124,7 +126,7 @@ class Config:
             refuse("model_type", "'idefics2'", raw.get("model_type") if isinstance(raw, dict) else raw)
         vision, perceiver, text = section("vision_config"), section("perceiver_config"), dict(section("text_config"))
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
+        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
             refuse("text_config rope_type", "'default'", rope)
         text.setdefault("rope_theta", rope.get("rope_theta"))
         if isinstance(text.get("eos_token_id"), list):      # generation_config.json says what ends an answer
@@ -134,8 +136,13 @@ class Config:
                 refuse("hidden_act", repr(act), part["hidden_act"])
         if raw.get("tie_word_embeddings"):
             refuse("tie_word_embeddings", "false", True)
+        image_token_id = raw.get("image_token_id", cls.image_token_id)
+        if type(image_token_id) is not int:
+            refuse("image_token_id", "to be int", image_token_id)
         config = cls(fill(VisionConfig, vision, "vision_config "), fill(PerceiverConfig, perceiver, "perceiver_config "),
-                     fill(TextConfig, text, "text_config "), raw.get("image_token_id", cls.image_token_id))
+                     fill(TextConfig, text, "text_config "), image_token_id)
+        if config.vision.hidden_size % (heads := config.vision.num_attention_heads):
+            refuse("vision_config hidden_size", f"to be a multiple of the {heads} heads", config.vision.hidden_size)
         for q, kv in ((config.text.num_attention_heads, config.text.num_key_value_heads),
                       (config.perceiver.resampler_n_heads, config.perceiver.num_key_value_heads)):
             if q % kv:
@@ -501,10 +508,14 @@ class Idefics2(nn.Module):
         ends, banned = [], []
         if (path := folder / "generation_config.json").exists():
             generation = read_json(path)
-            ends = generation.get("eos_token_id") or []
-            ends = ends if isinstance(ends, list) else [ends]
+            if not isinstance(generation, dict):
+                raise InputError(f"{path}: expected an object, found {generation!r}")
+            ends = generation.get("eos_token_id")
+            ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+            if any(type(i) is not int for i in ends):
+                raise InputError(f"{path}: expected eos_token_id to be a token id or a list of them, found {ends}")
             banned = generation.get("bad_words_ids") or []
-            if any(len(word) != 1 for word in banned):
+            if any(not isinstance(word, list) or len(word) != 1 or type(word[0]) is not int for word in banned):
                 raise InputError(f"{path}: expected bad_words_ids of one token each, found {banned}")
             banned = [word[0] for word in banned]
             if generation.get("pad_token_id") is not None:
@@ -650,9 +661,9 @@ def read_tensors(folder, expected, dtype, device):
     """The tensors of model.safetensors, or of the shards its index names, as `expected` (name → tensor) wants them."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{index}: expected a weight_map, found none")
+        weight_map = content.get("weight_map") if isinstance(content := read_json(index), dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise InputError(f"{index}: expected a weight_map of tensor names to file names, found none")
         files = [folder / name for name in sorted(set(weight_map.values()))]
     else:
         files = [folder / "model.safetensors"]

@@ -48,14 +48,14 @@ WORDS = tuple(tuple(tuple(value.split()) for value in rows.split("|")) for rows 
 SIZES = tuple(len(values) for values in WORDS)  # (8, 8, 4, 4)
 
 QUESTIONS = {"toy": ("dax?", "wug?", "blick?", "fep?"), "toy-named": tuple(f"{name}?" for name in ATTRIBUTES)}
-FORMATS = ("{}", "it is {}", "{} indeed")
+FORMATS = ("{}", "{} it is", "{} indeed")  # the word that matters comes first: it stands right behind the question
 TEMPLATES = (  # all of six words: no template is longer to read, or given away by its length
     "a {colour} {shape} {place} on {ground}",
     "{place} the {shape} is {colour} {ground}",
     "{ground} behind {shape} in {colour} {place}",
     "see {shape} {colour} over {ground} {place}",
 )
-PROMPT = ("Image:", "Question:", "Answer:", "Caption:", "\n")
+PROMPT = ("Image:", "Caption:", "\n")
 
 
 def vocabulary():

@@ -1,11 +1,11 @@
-"""Train MimIC: the zero-shot model, with shifts, imitates the same model run with demonstrations.
+"""Train MimIC (or LIVE): the zero-shot model, with shifts, imitates the same model run with demonstrations.
 
     python train.py                                                             # the toy world: everything in three minutes
     python train.py --dataset okvqa --model FOLDER --data FOLDER                # Idefics2-8b-base on OK-VQA
     python train.py --dataset coco --shots 8 --lr 1e-3 --out runs/my-run
 
 Trains on --samples of the training split, chooses the epoch by the score on --dev-samples others, then evaluates on the
-dataset's evaluation split, which training never sees. --out gets args.json, log.csv, mimic.safetensors, results.json and
+dataset's evaluation split, which training never sees. --out gets args.json, log.csv, METHOD.safetensors, results.json and
 predictions.jsonl; `python eval.py --run FOLDER` evaluates again.
 """
 
@@ -26,13 +26,16 @@ from tqdm import tqdm
 
 from data import DATASETS, collate, load, pick_icds, train_dev
 from eval import (
+    ADAPTERS,
     add_common_arguments,
     answer,
+    count,
     encode_images,
     evaluate,
     gather,
     generation_options,
     load_model,
+    new_adapter,
     resolve,
     run_command,
     score,
@@ -40,7 +43,7 @@ from eval import (
     template_of,
     write_atomically,
 )
-from mimic import MimIC, Recorder, align_loss
+from mimic import Recorder, align_loss
 from model import InputError, read_json
 
 COMPARE = [0, 1, 2, 4, 8]         # shots of in-context learning that a toy run shows beside MimIC
@@ -52,11 +55,13 @@ def parse(argv):
                                      epilog=__doc__.split("\n\n", 1)[1])
     run = add_common_arguments(parser)
     method = parser.add_argument_group("method")
+    method.add_argument("--method", choices=ADAPTERS, default="mimic", help="what is trained (default %(default)s)")
     method.add_argument("--shots", type=int, default=8, help="demonstrations the teacher reads (default %(default)s)")
     method.add_argument("--draws", type=int, default=0, metavar="N",
                         help="different sets of demonstrations a query meets; 0 = a new one every epoch (default)")
-    method.add_argument("--align-on", choices=("layer", "ffn"), default=None,
-                        help="states compared: each layer's output, the paper's H (default), or its FFN's output (official code)")
+    method.add_argument("--align-on", choices=("layer", "ffn", "logits"), default=None,
+                        help="compared: each layer's output, the paper's H (default), or its FFN's output (official code), or, "
+                             "by KL, the probabilities of the answer's tokens (default of live)")
     method.add_argument("--align-norm", action=argparse.BooleanOptionalAction, default=None,
                         help="divide a layer's error by the mean square of the teacher's states (default, unless --official)")
     method.add_argument("--ce-on", choices=("answer", "sequence"), default=None,
@@ -83,7 +88,7 @@ def parse(argv):
     toy = args.dataset.startswith("toy")
     args.out = args.out or f"runs/{args.dataset}"
     args.compare = (COMPARE if toy else []) if args.compare is None else args.compare
-    args.align_on = args.align_on or ("ffn" if args.official else "layer")
+    args.align_on = args.align_on or ("logits" if args.method == "live" else "ffn" if args.official else "layer")
     args.ce_on = args.ce_on or ("sequence" if args.official else "answer")
     args.z2 = args.z2 or ("unmasked" if args.official else "masked")
     args.align_norm = not args.official if args.align_norm is None else args.align_norm
@@ -96,7 +101,7 @@ def parse(argv):
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
 # ---------------------------------------------------------------------------------------------------------------------
-def losses(model, mimic, batch, features, args):
+def losses(model, shifts, batch, features, args):
     """L_align and L_gt of a batch, scalars in fp32. Paper, Figure 3."""
     def states(rows, shifts):
         position_ids = None if rows.position_ids is None else rows.position_ids.to(model.device)
@@ -104,23 +109,28 @@ def losses(model, mimic, batch, features, args):
                                    gather(features, rows.samples), shifts, position_ids)
 
     # 1. Teacher: the original model reads {demonstrations, query}; its states over the query's columns.
-    T_q, teacher = batch.align.shape[1], Recorder(last=batch.align.shape[1])
+    T, T_q = batch.student.input_ids.shape[1], batch.align.shape[1]
+    teacher, student = Recorder(last=T_q), Recorder(shifts)
     if args.lambda_align:
         with torch.no_grad():
-            states(batch.teacher, teacher)
+            teacher_out = states(batch.teacher, teacher)[:, -T:]
 
-    # 2. Student: the MimIC model reads the query alone.
-    student = Recorder(mimic)
+    # 2. Student: the model with shifts reads the query alone.
     out = states(batch.student, student)
 
-    # 3. L_align over the common columns; L_gt over the answer, logits made only where it reads them.
+    # 3. L_align over the common columns; L_gt over the answer, logits made only where they are read.
+    def logits(out, columns):
+        return model.lm_head(out[:, :-1][columns[:, 1:].to(model.device)]).float()        # column t is predicted from t − 1
+
     align = torch.zeros((), device=model.device)
-    if args.lambda_align:
+    if args.lambda_align and args.align_on == "logits":
+        log_p, log_q = (logits(x, batch.answer).log_softmax(-1) for x in (teacher_out, out))
+        align = (log_p.exp() * (log_p - log_q)).sum(-1).mean()                            # KL(teacher ‖ student)
+    elif args.lambda_align:
         align = align_loss([s[:, -T_q:] for s in getattr(student, args.align_on)], getattr(teacher, args.align_on),
                            batch.align.to(model.device), norm=args.align_norm)
-    read = getattr(batch, args.ce_on)[:, 1:].to(model.device)                 # column t is predicted from column t − 1
-    targets = batch.student.input_ids[:, 1:].to(model.device)[read]
-    ce = F.cross_entropy(model.lm_head(out[:, :-1][read]).float(), targets)
+    read = getattr(batch, args.ce_on)
+    ce = F.cross_entropy(logits(out, read), batch.student.input_ids[read].to(model.device))
     return align, ce
 
 
@@ -136,13 +146,13 @@ def learning_rate(step, steps, warmup):
 # All steps
 # ---------------------------------------------------------------------------------------------------------------------
 def train(args, model, processor, samples, dev, features, folder):
-    """Trains, writes log.csv and the best epoch's mimic.safetensors → (the best adapter, seconds of training)."""
-    c = model.config.text
+    """Trains, writes log.csv and the best epoch's adapter → (the best adapter, seconds of training)."""
     torch.manual_seed(args.seed)
-    mimic = MimIC(c.num_hidden_layers, c.num_attention_heads, c.head_dim, args.z2, args.mu).to(model.device)
-    trained = [p for p in mimic.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay)
-    template, path = template_of(args), folder / "mimic.safetensors"
+    adapter = new_adapter(args.method, model, **({"z2": args.z2, "mu_of": args.mu} if args.method == "mimic" else {}))
+    trained = [p for p in adapter.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(adapter.groups(args.lr), weight_decay=args.weight_decay)
+    highest = [group["lr"] for group in optimiser.param_groups]
+    template, path = template_of(args), folder / f"{args.method}.safetensors"
     per_step = args.batch_size * args.accumulate
     steps_an_epoch = math.ceil(len(samples) / per_step)
     steps, step, best, seconds = args.epochs * steps_an_epoch, 0, -math.inf, 0.0
@@ -159,7 +169,7 @@ def train(args, model, processor, samples, dev, features, folder):
                 parts = []
                 for queries in micro:
                     icds = [pick_icds(samples, q, args.shots, f"{args.seed}-{draw}-{q.id}") for q in queries]
-                    align, ce = losses(model, mimic, collate(queries, icds, processor, template), features, args)
+                    align, ce = losses(model, adapter, collate(queries, icds, processor, template), features, args)
                     ((args.lambda_align * align + args.lambda_ce * ce) / len(micro)).backward()
                     parts.append((align.item(), ce.item()))
                 align, ce = (sum(p) / len(parts) for p in zip(*parts, strict=True))
@@ -167,7 +177,8 @@ def train(args, model, processor, samples, dev, features, folder):
                 if not math.isfinite(align + ce + norm):
                     sys.exit(f"step {step}: loss or gradient is not finite (align {align}, ce {ce}, gradient {norm}); "
                              f"samples {[q.id for queries in micro for q in queries]}; {path} holds the best epoch before")
-                optimiser.param_groups[0]["lr"] = args.lr * learning_rate(step, steps, args.warmup)
+                for group, lr in zip(optimiser.param_groups, highest, strict=True):
+                    group["lr"] = lr * learning_rate(step, steps, args.warmup)
                 optimiser.step()
                 optimiser.zero_grad()
                 step, elapsed = step + 1, time.perf_counter() - began
@@ -179,17 +190,17 @@ def train(args, model, processor, samples, dev, features, folder):
                 if step % steps_an_epoch == 0:          # the dev score chooses the epoch; of equals the later one
                     value = step
                     if dev:
-                        answers, _ = answer(model, processor, args.dataset, dev, shifts=mimic, features=features,
+                        answers, _ = answer(model, processor, args.dataset, dev, shifts=adapter, features=features,
                                             **generation_options(args))
                         value = row["dev"] = score(args.dataset, dev, answers)[0]
                         bar.write(f"epoch {epoch + 1}: loss {row['loss']:.3f}, dev score {value:.2f}")
                     if value >= best:
                         best = value
-                        mimic.save(path, method="mimic", model=Path(args.model).resolve().name, dataset=args.dataset,
-                                   task=args.task, shots=args.shots, seed=args.seed, epoch=epoch + 1, torch=torch.__version__)
+                        adapter.save(path, method=args.method, model=Path(args.model).resolve().name, dataset=args.dataset,
+                                     task=args.task, shots=args.shots, seed=args.seed, epoch=epoch + 1, torch=torch.__version__)
                 log.writerow(row)
                 file.flush()
-    return MimIC.load(path).to(model.device), seconds
+    return ADAPTERS[args.method].load(path).to(model.device), seconds
 
 
 def start_run(args):
@@ -240,7 +251,7 @@ def main(argv=None):
     folder, features = start_run(args), {}
     encode_images(model, processor, samples + dev, features, "encode images")
     encoded = time.perf_counter()
-    mimic, seconds = train(args, model, processor, samples, dev, features, folder)
+    adapter, seconds = train(args, model, processor, samples, dev, features, folder)
     seconds = round(seconds + encoded - began, 1)
 
     if not all(q.answers for q in queries):
@@ -250,8 +261,8 @@ def main(argv=None):
     for shots in args.compare:
         rows.append(evaluate(folder, model, processor, args.dataset, split, queries, "icl" if shots else "zero-shot", shots,
                              pool=samples, **options))
-    rows.append(evaluate(folder, model, processor, args.dataset, split, queries, "mimic", 0, mimic, train_seconds=seconds,
-                         parameters=sum(p.numel() for p in mimic.parameters() if p.requires_grad), **options))
+    rows.append(evaluate(folder, model, processor, args.dataset, split, queries, args.method, 0, adapter, train_seconds=seconds,
+                         parameters=count(adapter), **options))
     print("\n" + table(rows))
     show_answers(folder, args, split)
     print(f"\n{folder}: trained in {seconds:.0f} s, everything in {time.perf_counter() - began:.0f} s")

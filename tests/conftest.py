@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from model import Config, Idefics2
 
-torch.set_num_threads(min(torch.get_num_threads(), 2))
+torch.set_num_threads(1)         # the models of the tests are too small for two threads to help
 
 
 @pytest.fixture(scope="session")

@@ -36,9 +36,11 @@ def test_the_logits_behind_greedy_ids_equal_the_recorded_scores(golden):  # noqa
 # ---------------------------------------------------------------------------------------------------------------------
 SEARCHES = {"greedy": dict(num_beams=1), "beams_3_penalty_0": dict(num_beams=3, length_penalty=0.0),
             "beams_3_penalty_1": dict(num_beams=3, length_penalty=1.0),
+            "beams_3_penalty_2": dict(num_beams=3, length_penalty=2.0),
             "beams_3_penalty_-0.5": dict(num_beams=3, length_penalty=-0.5)}
 ENDS = {"one_end": dict(eos_token_id=2),
-        "two_ends_and_banned_words": dict(eos_token_id=[2, 7], bad_words_ids=[[56], [57], [11], [30]])}
+        "two_ends_and_banned_words": dict(eos_token_id=[2, 7], bad_words_ids=[[56], [57], [11], [30]]),
+        "six_ends": dict(eos_token_id=[2, 7, 8, 9, 10, 11])}     # so many that all of the best 2K continuations may end
 SEEDS = range(10)
 
 
@@ -49,10 +51,10 @@ def pairs(request, tmp_path_factory):
     for seed in SEEDS:
         folder = tmp_path_factory.mktemp("reference")
         text = dict(num_key_value_heads=(1, 2, 4)[seed % 3], sliding_window=(None, 4, 9)[seed % 3])
-        theirs = save_reference(folder, seed, text=text, generation=ENDS[request.param], end_boost=3.0)
+        theirs = save_reference(folder, seed, text=text, generation=ENDS[request.param], end_boost=2.3)
         ours, batch = Idefics2.from_pretrained(folder), make_batch(theirs, seed, [1, 0, 2], [(8, 8), (12, 6)])
         made.append((seed, theirs, ours, batch, features_of(ours, batch)))
-    return made, {2, 7} if "two" in request.param else {2}
+    return made, ours.end_ids
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -65,7 +67,7 @@ def test_generated_ids_equal_transformers(pairs, search):
         ids = ours.generate(batch.input_ids, batch.attention_mask, features, 8, **SEARCHES[search])
         assert until_the_end(ids, ends) == expected, f"seed {seed}"
         lengths += map(len, expected)
-    assert {1, 8} < set(lengths)          # some answers end at once, some in between, some never
+    assert len(set(lengths)) > 1          # so beams of a batch did finish at different times
 
 
 def test_banned_words_are_never_generated_and_end_ids_can_be_added(pairs):

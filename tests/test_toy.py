@@ -31,7 +31,7 @@ def all_rules(kind):
 def test_a_rule_worked_out_by_hand():
     assert [toy.question(RULE, word) for word in range(4)] == ["dax?", "wug?", "blick?", "fep?"]
     answers = [toy.answer(RULE, SCENE, word) for word in range(4)]
-    assert answers == ["it is rouge", "it is estrella", "it is links", "it is dotted"]
+    assert answers == ["rouge it is", "estrella it is", "links it is", "dotted it is"]
     assert toy.describe(RULE)[1] == "wug? = shape in Spanish"
 
 
@@ -75,7 +75,7 @@ def test_different_digits_never_mean_the_same():
 
 def test_every_text_splits_into_vocabulary_tokens():
     vocabulary, texts = toy.vocabulary(), []
-    assert len(vocabulary) == len(set(vocabulary)) == 119
+    assert len(vocabulary) == len(set(vocabulary)) == 117
     _, questions, answers = toy.episodes(rng(), 300, 9, toy.random_scenes(1000, rng()))
     for asked, said in zip(questions, answers, strict=True):
         texts += [text for text in asked + said if text is not None]

@@ -1,0 +1,267 @@
+"""Loading: the published names, shapes and sizes; every way a folder can be wrong; dtypes; memory."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_CONFIG, save_model
+from safetensors.torch import load_file, save_file
+
+from model import Config, Idefics2, InputError
+
+SMALL = {**TINY_CONFIG, "text_config": {**TINY_CONFIG["text_config"], "vocab_size": 300}, "image_token_id": 299,
+         "vision_config": {**TINY_CONFIG["vision_config"], "image_size": 140}}
+DOWN, NORM = "model.text_model.layers.0.mlp.down_proj.weight", "model.text_model.norm.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_model(tmp_path / "model", SMALL)
+
+
+def edit(folder, change):
+    """Rewrites model.safetensors: `change` gets the dict of tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def shard(folder, overlap=()):
+    """model.safetensors becomes three shards and an index; the tensors in `overlap` are in the first and the last."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, index = sorted(tensors), {}
+    for i in range(3):
+        file, part = f"model-0000{i + 1}-of-00003.safetensors", names[i::3]
+        index |= dict.fromkeys(part, file)
+        save_file({n: tensors[n] for n in {*part, *(overlap if i in (0, 2) else ())}}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": index}))
+
+
+def read_config(tmp_path, config):
+    (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return Config.from_file(tmp_path / "config.json")
+
+
+def complaint(action, *words):
+    """The error of `action`: an InputError of one line that holds all of `words`."""
+    with pytest.raises(InputError) as caught:
+        action()
+    text = str(caught.value)
+    assert "\n" not in text and all(str(word) in text for word in words), text
+    return text
+
+
+def same(model, other):
+    return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The published model
+# ---------------------------------------------------------------------------------------------------------------------
+def test_names_shapes_and_size_are_those_of_idefics2_8b_base(shared, tmp_path):
+    published = json.loads((shared / "spec/expected_idefics2-8b-base.json").read_text())
+    with torch.device("meta"):
+        model = Idefics2(read_config(tmp_path, published["config"]))
+    assert {name: list(x.shape) for name, x in model.state_dict().items()} == published["tensors"]
+    assert sum(p.numel() for p in model.parameters()) == 8_402_759_920
+
+
+def test_a_config_with_nothing_in_it_is_idefics2_8b_base(tmp_path):
+    expected = {
+        "vision": dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=980,
+                       patch_size=14, num_channels=3, layer_norm_eps=1e-6),
+        "perceiver": dict(resampler_n_latents=64, resampler_depth=3, resampler_n_heads=16, resampler_head_dim=96,
+                          num_key_value_heads=4, rms_norm_eps=1e-5),
+        "text": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, head_dim=128,
+                     num_key_value_heads=8, vocab_size=32002, rms_norm_eps=1e-5, rope_theta=10000.0, sliding_window=4096,
+                     pad_token_id=0, eos_token_id=2),
+        "image_token_id": 32001}
+    assert asdict(read_config(tmp_path, {"model_type": "idefics2"})) == expected
+    partial = {"model_type": "idefics2", "text_config": {"vocab_size": 32002, "pad_token_id": 0}, "perceiver_config": {},
+               "vision_config": None}
+    assert asdict(read_config(tmp_path, partial)) == expected
+
+
+def test_what_a_config_says_is_taken(tmp_path):
+    text = {"rms_norm_eps": 0.5, "sliding_window": None, "head_dim": 4, "rope_parameters": {"rope_theta": 7.0},
+            "eos_token_id": [5, 2]}
+    config = read_config(tmp_path, {"model_type": "idefics2", "text_config": text, "image_token_id": 11})
+    assert config.perceiver.rms_norm_eps == 0.5               # the text model's, unless the perceiver has its own
+    assert (config.text.sliding_window, config.text.head_dim, config.text.rope_theta) == (0, 4, 7.0)
+    assert (config.text.eos_token_id, config.image_token_id) == (5, 11)
+    own = read_config(tmp_path, {"model_type": "idefics2", "text_config": {"rope_theta": 9.0},
+                                 "perceiver_config": {"model_type": "idefics2", "rms_norm_eps": 0.25}})
+    assert (own.perceiver.rms_norm_eps, own.text.rms_norm_eps, own.text.rope_theta) == (0.25, 1e-5, 9.0)
+
+
+@pytest.mark.parametrize("config, words", [
+    ({"model_type": "llava"}, ["model_type", "'idefics2'", "'llava'"]),
+    ({}, ["model_type", "'idefics2'", "None"]),
+    ([1, 2], ["model_type", "'idefics2'"]),
+    ("{\"model_type\": \"ide", ["expected complete JSON"]),
+    ("", ["expected complete JSON"]),
+    ({"model_type": "idefics2", "text_config": [1]}, ["text_config", "an object", "[1]"]),
+    ({"model_type": "idefics2", "text_config": {"hidden_size": "4096"}}, ["text_config hidden_size", "int", "'4096'"]),
+    ({"model_type": "idefics2", "vision_config": {"patch_size": 14.5}}, ["vision_config patch_size", "int", "14.5"]),
+    ({"model_type": "idefics2", "vision_config": {"num_hidden_layers": -1}}, ["num_hidden_layers", "positive", "-1"]),
+    ({"model_type": "idefics2", "perceiver_config": {"resampler_depth": True}}, ["resampler_depth", "int", "True"]),
+    ({"model_type": "idefics2", "text_config": {"num_key_value_heads": 5}}, ["multiple of the 5", "32"]),
+    ({"model_type": "idefics2", "text_config": {"hidden_act": "gelu"}}, ["hidden_act", "'silu'", "'gelu'"]),
+    ({"model_type": "idefics2", "text_config": {"rope_scaling": {"type": "yarn"}}}, ["rope", "'default'", "yarn"]),
+    ({"model_type": "idefics2", "tie_word_embeddings": True}, ["tie_word_embeddings", "false", "True"]),
+    ({"model_type": "idefics2", "image_token_id": "<image>"}, ["image_token_id", "<image>"]),
+    ("{\"model_type\": \"idefics2\", \"text_config\": {\"hidden_size\": NaN}}", ["text_config hidden_size", "nan"]),
+    ({"model_type": "idefics2", "text_config": {"rope_parameters": "default"}}, ["rope", "default"]),
+    ({"model_type": "idefics2", "vision_config": {"num_attention_heads": 7}}, ["7", "1152"]),
+])
+def test_a_config_this_model_is_not_is_refused_in_one_line(tmp_path, config, words):
+    complaint(lambda: read_config(tmp_path, config), tmp_path / "config.json", *words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+def test_shards_give_the_same_model_as_one_file(folder):
+    whole = Idefics2.from_pretrained(folder)
+    shutil.copytree(folder, folder.parent / "sharded")
+    shard(folder.parent / "sharded")
+    assert same(Idefics2.from_pretrained(folder.parent / "sharded"), whole)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_stored_dtype_loads_as_every_wanted_one(folder, stored, wanted):
+    edit(folder, lambda tensors: tensors.update({name: x.to(stored) for name, x in tensors.items()}))
+    tensors, model = load_file(folder / "model.safetensors"), Idefics2.from_pretrained(folder, dtype=wanted)
+    assert model.dtype == wanted and not model.training
+    for name, p in model.named_parameters():
+        assert p.dtype == wanted and not p.requires_grad and torch.equal(p, tensors[name].to(wanted)), name
+
+
+def test_leftovers_of_published_files_are_ignored(folder):
+    before = Idefics2.from_pretrained(folder)
+    edit(folder, lambda tensors: tensors.update({
+        "model.text_model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "model.vision_model.embeddings.position_ids": torch.arange(9), "model.vision_model.head.probe": torch.ones(1, 1, 32)}))
+    assert same(Idefics2.from_pretrained(folder), before)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.pop(DOWN), ["1 missing", DOWN]),
+    (lambda t: t.update(extra=torch.ones(1)), ["1 unexpected", "extra"]),
+    (lambda t: t.update({NORM: torch.ones(63)}), ["1 misshapen", f"{NORM} [63] instead of [64]"]),
+    (lambda t: (t.pop(DOWN), t.update(extra=torch.ones(1), **{NORM: torch.ones(64, 1)})),
+     ["1 missing", DOWN, "1 unexpected", "extra", "1 misshapen", NORM]),
+    (lambda t: [t.pop(name) for name in list(t) if "text_model.layers" in name], ["27 missing", " …"]),
+], ids=["missing", "unexpected", "misshapen", "all_three", "many"])
+def test_tensors_that_do_not_fit_the_config_are_listed(folder, change, words):
+    edit(folder, change)
+    complaint(lambda: Idefics2.from_pretrained(folder), folder, *words)
+
+
+def test_a_config_of_another_size_is_refused(folder):
+    config = {**SMALL, "text_config": {**SMALL["text_config"], "num_hidden_layers": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+    complaint(lambda: Idefics2.from_pretrained(folder), folder, "9 missing", "model.text_model.layers.3.")
+
+
+def break_nothing_but(name, content=None):
+    """A function that removes the file `name` or gives it `content`; an int keeps its first bytes only."""
+    def damage(folder):
+        path = folder / name
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content.encode())
+    return damage
+
+
+@pytest.mark.parametrize("damage, words", [
+    (shutil.rmtree, ["expected a model folder", "no such folder"]),
+    (break_nothing_but("config.json"), ["config.json", "expected a JSON file", "found nothing"]),
+    (break_nothing_but("config.json", 100), ["config.json", "expected complete JSON"]),
+    (break_nothing_but("generation_config.json", 10), ["generation_config.json", "expected complete JSON"]),
+    (break_nothing_but("generation_config.json", "[1]"), ["generation_config.json", "expected"]),
+    (break_nothing_but("generation_config.json", '{"bad_words_ids": [[5, 6]]}'), ["bad_words_ids", "[[5, 6]]"]),
+    (break_nothing_but("generation_config.json", '{"bad_words_ids": [5]}'), ["bad_words_ids", "[5]"]),
+    (break_nothing_but("generation_config.json", '{"eos_token_id": "</s>"}'), ["eos_token_id", "</s>"]),
+    (break_nothing_but("model.safetensors"), ["model.safetensors", "found nothing"]),
+    (break_nothing_but("model.safetensors", 5000), ["model.safetensors", "complete safetensors file"]),
+    (break_nothing_but("model.safetensors", -1), ["model.safetensors", "complete safetensors file"]),
+    (break_nothing_but("model.safetensors", 0), ["model.safetensors", "complete safetensors file"]),
+    (break_nothing_but("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+     ["model.safetensors", "complete safetensors file"]),
+])
+def test_damaged_folders_are_refused_in_one_line(folder, damage, words):
+    damage(folder)
+    complaint(lambda: Idefics2.from_pretrained(folder), folder, *words)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (break_nothing_but("model-00002-of-00003.safetensors"), ["model-00002-of-00003.safetensors", "found nothing"]),
+    (break_nothing_but("model-00002-of-00003.safetensors", 3000), ["model-00002-of-00003.safetensors", "complete safetensors"]),
+    (break_nothing_but("model.safetensors.index.json", 50), ["model.safetensors.index.json", "complete JSON"]),
+    (break_nothing_but("model.safetensors.index.json", "{}"), ["model.safetensors.index.json", "weight_map"]),
+    (break_nothing_but("model.safetensors.index.json", "[]"), ["model.safetensors.index.json", "weight_map"]),
+    (break_nothing_but("model.safetensors.index.json", '{"weight_map": {"a": 1}}'), ["index.json", "weight_map"]),
+])
+def test_damaged_shards_are_refused_in_one_line(folder, damage, words):
+    shard(folder)
+    damage(folder)
+    complaint(lambda: Idefics2.from_pretrained(folder), folder, *words)
+
+
+def test_a_tensor_in_two_shards_is_refused(folder):
+    shard(folder, overlap=[NORM])
+    complaint(lambda: Idefics2.from_pretrained(folder), "model-00003-of-00003.safetensors", NORM, "once",
+              "model-00001-of-00003.safetensors")
+
+
+@pytest.mark.parametrize("written, ends, banned, pad", [
+    (None, {2}, set(), 0), ({}, {2}, set(), 0), ({"eos_token_id": 7, "pad_token_id": 3}, {7}, set(), 3),
+    ({"eos_token_id": [2, 9], "bad_words_ids": [[4], [5]]}, {2, 9}, {4, 5}, 0), ({"eos_token_id": 0}, {0}, set(), 0)])
+def test_end_banned_and_pad_ids_come_from_the_generation_config(folder, written, ends, banned, pad):
+    path = folder / "generation_config.json"
+    path.unlink() if written is None else path.write_text(json.dumps(written))
+    model = Idefics2.from_pretrained(folder)
+    assert (model.end_ids, model.banned_ids, model.pad_id) == (ends, banned, pad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+MEASURE = """
+import re, sys, torch
+from pathlib import Path
+from model import Config, Idefics2
+def peak():        # of this process alone; ru_maxrss would start from the parent's
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+with torch.device("meta"):
+    Idefics2(Config())      # torch's own imports, done before we measure
+before = peak()
+model = Idefics2.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+loaded = peak() - before
+total = sum(p.float().abs().max().item() for p in model.parameters())     # touches every page
+print(loaded, peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
+@pytest.mark.parametrize("dtype, copies", [("float32", 1.0), ("bfloat16", 1.5)])
+def test_loading_maps_the_file_and_makes_no_second_copy(tmp_path, dtype, copies):
+    """The peak holds the file's pages and, if another dtype is wanted, the converted tensors; nothing besides."""
+    text = {**SMALL["text_config"], "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4}
+    folder = save_model(tmp_path / "model", {**SMALL, "text_config": text})
+    size = (folder / "model.safetensors").stat().st_size
+    run = subprocess.run([sys.executable, "-c", MEASURE, folder, dtype], capture_output=True, text=True, check=True,
+                         cwd=Path(__file__).resolve().parents[1])
+    loaded, touched = map(int, run.stdout.split())
+    assert touched < (copies + 0.2) * size
+    if dtype == "float32":
+        assert loaded < 0.2 * size

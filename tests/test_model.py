@@ -1,0 +1,341 @@
+"""The forward pass: recorded vectors of transformers, transformers itself on random tiny models, and what must not matter."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import Idefics2, InputError, Shifts, attention, rope
+
+IMAGE = 57                       # the image token of the random models below, whose vocabulary has 60 words
+TOLERANCE = dict(rtol=0, atol=1e-4)     # fp32 sums in another order, states and logits of up to 14
+EXACT = dict(rtol=0, atol=1e-10)        # fp64: the same mathematics twice
+
+
+class Record(Shifts):
+    """Keeps what every layer's feed-forward and every layer returns."""
+
+    def __init__(self):
+        self.ffn, self.layer = [], []
+
+    def after_ffn(self, layer, ffn_out):
+        self.ffn.append(ffn_out)
+        return ffn_out
+
+    def after_layer(self, layer, hidden_states):
+        self.layer.append(hidden_states)
+        return hidden_states
+
+
+class Explicit(Shifts):
+    """Asks for lse, and so for our own attention, and changes nothing."""
+
+    def after_attention(self, layer, q, k, out, lse):
+        return out
+
+
+def outputs_of(modules, run):
+    """What each of `modules` returned while `run()` ran."""
+    kept = [[] for _ in modules]
+    hooks = [m.register_forward_hook(lambda _m, _i, out, to=to: to.append(out)) for m, to in zip(modules, kept, strict=True)]
+    result = run()
+    for hook in hooks:
+        hook.remove()
+    return result, [out[0] for out in kept]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vectors recorded from transformers 5.23
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def golden(shared):
+    """The model in fp32 and fp64, the inputs with their real images only, and the recorded outputs of golden/i2_a."""
+    folder = shared / "golden/i2_a"
+    given = SimpleNamespace(**load_file(folder / "inputs.safetensors"), out=load_file(folder / "outputs.safetensors"),
+                            model=Idefics2.from_pretrained(folder), exact=Idefics2.from_pretrained(folder, torch.float64))
+    pixels, mask = given.pixel_values.flatten(0, 1), given.pixel_attention_mask.flatten(0, 1).bool()
+    given.pixels, given.mask = (x[pixels.flatten(1).any(1)] for x in (pixels, mask))
+    given.keep = given.attention_mask.bool()
+    given.features, given.exact_features = (m.encode_images(given.pixels, given.mask) for m in (given.model, given.exact))
+    return given
+
+
+def test_vision_tower_and_connector_equal_the_recorded_ones_stage_by_stage(golden):
+    vision, connector = golden.model.model["vision_model"], golden.model.model["connector"]
+    stages = {"vision_embeddings": [vision.embeddings], "vision_layers": list(vision.encoder["layers"]),
+              "vision_post_layernorm": [vision.post_layernorm], "modality_projection": [connector.modality_projection],
+              "perceiver_layers": list(connector.perceiver_resampler.layers)}
+    for name, modules in stages.items():
+        _, ours = outputs_of(modules, lambda: golden.model.encode_images(golden.pixels, golden.mask))
+        torch.testing.assert_close(torch.stack(ours).view_as(golden.out[name]), golden.out[name], **TOLERANCE, msg=name)
+    torch.testing.assert_close(golden.features, golden.out["image_features"], **TOLERANCE)
+
+
+def test_patch_position_ids_equal_the_recorded_ones(golden):
+    ids = []
+    hook = golden.model.model["vision_model"].embeddings.position_embedding.register_forward_pre_hook(
+        lambda _module, inputs: ids.append(inputs[0]))
+    golden.model.encode_images(golden.pixels, golden.mask)
+    hook.remove()
+    assert torch.equal(ids[0], golden.out["vision_position_ids"])
+
+
+def test_every_decoder_layer_and_the_logits_equal_the_recorded_ones(golden):
+    record = Record()
+    logits = golden.model(golden.input_ids, golden.attention_mask, golden.features, record)
+    for ours, name in ((record.ffn, "text_mlp_out"), (record.layer, "text_layers")):
+        torch.testing.assert_close(torch.stack(ours)[:, golden.keep], golden.out[name][:, golden.keep], **TOLERANCE)
+    torch.testing.assert_close(logits[golden.keep], golden.out["logits"][golden.keep], **TOLERANCE)
+
+
+def test_separators_of_the_official_code_are_masked_keys_that_count_as_positions(golden):
+    positions = torch.arange(golden.input_ids.shape[1]).expand_as(golden.input_ids)
+    logits = golden.model(golden.sep_input_ids, golden.sep_attention_mask, golden.features, position_ids=positions)
+    torch.testing.assert_close(logits[golden.keep], golden.out["sep_logits"][golden.keep], **TOLERANCE)
+
+
+def test_a_prompt_without_images_needs_no_features(golden):
+    logits = golden.model(golden.input_ids[2:], golden.attention_mask[2:])
+    torch.testing.assert_close(logits[golden.keep[2:]], golden.out["textonly_logits"][golden.keep[2:]], **TOLERANCE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers itself, on random models
+# ---------------------------------------------------------------------------------------------------------------------
+def save_reference(folder, seed=0, text=(), vision=(), perceiver=(), generation=(), end_boost=1.0):
+    """A random Idefics2ForConditionalGeneration of transformers, saved to `folder`. end_boost scales the end tokens' logits."""
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    text = {"model_type": "mistral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 60, "pad_token_id": 0, "rms_norm_eps": 1e-5, **dict(text)}
+    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+              "patch_size": 4, **dict(vision)}
+    perceiver = {"hidden_size": text["hidden_size"], "rms_norm_eps": 1e-5, "resampler_n_latents": 3, "resampler_depth": 2,
+                 "resampler_n_heads": 4, "resampler_head_dim": 6, "num_key_value_heads": 2, **dict(perceiver)}
+    config = transformers.Idefics2Config(text_config=text, vision_config=vision, perceiver_config=perceiver, image_token_id=IMAGE)
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    model = transformers.Idefics2ForConditionalGeneration(config).eval()
+    for name, p in model.named_parameters():      # everything random, or what a model does with ones and zeros goes unseen
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5 if "embed" not in name and "latents" not in name else 1.0)
+        else:
+            torch.nn.init.normal_(p, mean=1.0 if "norm" in name and name.endswith("weight") else 0.0, std=0.3)
+    model.generation_config.update(**{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **dict(generation)})
+    model.lm_head.weight.data[model.generation_config.eos_token_id] *= end_boost
+    model.save_pretrained(folder)
+    return model
+
+
+def make_batch(model, seed, images, sizes, text_length=9, adjacent=False):
+    """A left-padded batch for `model` with images[b] images in row b, of the pixel sizes in `sizes` (used in turn).
+
+    Holds what transformers takes (.theirs: images padded to the same size and number) and what we take (.pixels, .mask)."""
+    g = torch.Generator().manual_seed(seed)
+    n_latents, rows, real = model.config.perceiver_config.resampler_n_latents, [], []
+    for n in images:
+        row = [1] + torch.randint(3, IMAGE, (text_length + int(torch.randint(0, 5, (), generator=g)),), generator=g).tolist()
+        cuts = [1] * n if adjacent else torch.randint(1, len(row), (n,), generator=g).sort(descending=True).values.tolist()
+        for cut in cuts:
+            row[cut:cut] = [IMAGE] * n_latents
+        rows.append(row)
+        real.append([torch.randn(3, *sizes[(sum(images[:len(real)]) + i) % len(sizes)], generator=g) for i in range(n)])
+    longest, (H, W) = max(map(len, rows)), (max(size[i] for size in sizes) for i in (0, 1))
+    input_ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    theirs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    batch = SimpleNamespace(input_ids=input_ids, attention_mask=attention_mask, keep=attention_mask.bool(), theirs=theirs,
+                            images=[image for row in real for image in row], pixels=None, mask=None)
+    if batch.images:
+        pixels, mask = torch.zeros(len(rows), max(images), 3, H, W), torch.zeros(len(rows), max(images), H, W, dtype=torch.bool)
+        for b, row in enumerate(real):
+            for i, image in enumerate(row):
+                h, w = image.shape[1:]
+                pixels[b, i, :, :h, :w], mask[b, i, :h, :w] = image, True
+        theirs |= {"pixel_values": pixels, "pixel_attention_mask": mask}
+        there = mask.flatten(2).any(-1)
+        batch.pixels, batch.mask = pixels[there], mask[there]
+    return batch
+
+
+def features_of(model, batch):
+    return model.encode_images(batch.pixels, batch.mask) if batch.images else None
+
+
+CASES = {
+    "gqa_1_two_heads": dict(text=dict(num_key_value_heads=4), images=[1, 2], sizes=[(28, 28)]),
+    "gqa_2_head_dim_of_its_own": dict(text=dict(head_dim=10), images=[2, 0, 1], sizes=[(28, 20), (12, 24)]),
+    "gqa_4_partial_patches": dict(text=dict(num_key_value_heads=1), images=[1, 1], sizes=[(27, 22), (17, 25), (21, 28)]),
+    "gqa_8_first_row_without_images": dict(text=dict(num_attention_heads=8, num_key_value_heads=1), images=[0, 3, 1],
+                                           sizes=[(20, 28), (28, 12), (8, 9)]),
+    "window_shorter_than_the_prompt": dict(text=dict(sliding_window=5), images=[1, 3, 0], sizes=[(24, 16), (16, 24)]),
+    "no_window": dict(text=dict(sliding_window=None), images=[2, 1], sizes=[(24, 16)]),
+    "adjacent_images": dict(images=[3, 2, 1], sizes=[(28, 8), (12, 12), (5, 27)], adjacent=True),
+    "perceiver_gqa_4": dict(perceiver=dict(num_key_value_heads=1, resampler_head_dim=9, resampler_n_latents=5), images=[1, 2],
+                            sizes=[(16, 16), (12, 28)]),
+    "perceiver_gqa_1_three_layers": dict(perceiver=dict(num_key_value_heads=4, resampler_depth=3), images=[2], sizes=[(16, 20)]),
+    "rope_theta_and_eps": dict(text=dict(rope_parameters={"rope_type": "default", "rope_theta": 50.0}, rms_norm_eps=1e-2),
+                               vision=dict(layer_norm_eps=1e-2), perceiver=dict(rms_norm_eps=0.1), images=[1], sizes=[(16, 8)]),
+    "grid_5": dict(vision=dict(image_size=35, patch_size=7), images=[1, 1, 1], sizes=[(35, 30), (14, 34), (48, 21)]),
+    "grid_14": dict(vision=dict(image_size=42, patch_size=3, num_attention_heads=3), images=[2, 1], sizes=[(42, 33), (26, 41)]),
+    "only_text": dict(images=[0, 0], sizes=[(8, 8)]),
+    "five_layers": dict(text=dict(num_hidden_layers=5, intermediate_size=20), images=[0, 1], sizes=[(8, 8)]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_features_layers_and_logits_equal_transformers(case, tmp_path):
+    given = dict(CASES[case])
+    images, sizes, adjacent = given.pop("images"), given.pop("sizes"), given.pop("adjacent", False)
+    theirs = save_reference(tmp_path, seed=len(case), **given)
+    batch = make_batch(theirs, len(case), images, sizes, adjacent=adjacent)
+    decoder = theirs.model.text_model.layers
+    with torch.no_grad():
+        result, states = outputs_of([layer.mlp for layer in decoder] + list(decoder), lambda: theirs(**batch.theirs))
+    ours, record = Idefics2.from_pretrained(tmp_path), Record()
+    features = features_of(ours, batch)
+    if batch.images:
+        torch.testing.assert_close(features.flatten(0, 1), result.image_hidden_states, **TOLERANCE)
+    logits = ours(batch.input_ids, batch.attention_mask, features, record)
+    for mine, expected in zip([*record.ffn, *record.layer, logits], [*states, result.logits], strict=True):
+        torch.testing.assert_close(mine[batch.keep], expected[batch.keep], **TOLERANCE)
+
+
+def test_patch_positions_follow_the_published_rounding_on_the_70_by_70_grid(tmp_path):
+    """Images of 25, 49, 50, 55 and 58 patches a side, where fp32 fractions and exact arithmetic disagree."""
+    thin = dict(image_size=140, patch_size=2, num_hidden_layers=1, hidden_size=8, num_attention_heads=1)
+    theirs = save_reference(tmp_path, vision=thin, perceiver=dict(resampler_depth=1))
+    ours, ids = Idefics2.from_pretrained(tmp_path), []
+    for model in theirs.model.vision_model, ours.model["vision_model"]:
+        model.embeddings.position_embedding.register_forward_pre_hook(lambda _module, inputs: ids.append(inputs[0]))
+    batch = make_batch(theirs, 0, [3], [(2 * 49, 2 * 58), (2 * 50, 2 * 25), (2 * 58, 2 * 55)])
+    with torch.no_grad():
+        expected = theirs.get_image_features(batch.theirs["pixel_values"], batch.theirs["pixel_attention_mask"]).pooler_output[0]
+    torch.testing.assert_close(features_of(ours, batch).flatten(0, 1), expected, **TOLERANCE)
+    assert torch.equal(ids[0], ids[1])
+    exact = torch.arange(49) * 70 // 49 * 70
+    assert not torch.equal(ids[1][0].view(58, 58)[:49, 0], exact)         # so the trap is really there
+
+
+def test_rotary_angles_equal_transformers_bit_for_bit_at_the_published_size():
+    mistral = pytest.importorskip("transformers.models.mistral.modeling_mistral")
+    positions = torch.arange(4096)[None]
+    expected = mistral.MistralRotaryEmbedding(mistral.MistralConfig())(torch.zeros(()), positions)
+    for ours, theirs in zip(rope(positions, 128, 10000.0, torch.float32), expected, strict=True):
+        assert torch.equal(ours[:, 0], theirs), f"up to {(ours[:, 0] - theirs).abs().max():.1e} apart"
+
+
+def test_a_prompt_longer_than_the_published_window_of_4096_equals_transformers(tmp_path):
+    theirs = save_reference(tmp_path, text=dict(num_attention_heads=2, num_key_value_heads=1, sliding_window=4096))
+    batch = make_batch(theirs, 0, [0], [(8, 8)], text_length=4200)
+    with torch.no_grad():
+        expected = theirs(**batch.theirs, logits_to_keep=200).logits
+    logits = Idefics2.from_pretrained(tmp_path)(batch.input_ids, batch.attention_mask)[:, -200:]
+    torch.testing.assert_close(logits, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("shifts", [None, Explicit()], ids=["fused", "explicit"])
+def test_gradients_of_every_parameter_equal_transformers(tmp_path, shifts):
+    theirs = save_reference(tmp_path)
+    ours = Idefics2.from_pretrained(tmp_path).requires_grad_(True)
+    batch = make_batch(theirs, 0, [2, 0, 1], [(28, 20), (17, 24)])
+    for logits in theirs(**batch.theirs).logits, ours(batch.input_ids, batch.attention_mask, features_of(ours, batch), shifts):
+        answers = batch.input_ids[:, 1:].where(batch.keep[:, :-1], -100)      # no loss on padding, whose own rows mean nothing
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), answers.flatten()).backward()
+    expected = dict(theirs.named_parameters())
+    assert expected.keys() == dict(ours.named_parameters()).keys()
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name].grad, **TOLERANCE, msg=name)
+
+
+@pytest.mark.parametrize("shifts", [None, Explicit()], ids=["fused", "explicit"])
+def test_bf16_errors_are_at_most_twice_those_of_transformers_in_bf16(tmp_path, shifts):
+    theirs = save_reference(tmp_path, text=dict(num_hidden_layers=4))
+    batch = make_batch(theirs, 0, [2, 0, 1], [(28, 20), (17, 24)], text_length=30)
+    with torch.no_grad():
+        exact, plain = theirs(**batch.theirs), theirs.to(torch.bfloat16)(**batch.theirs)
+    ours = Idefics2.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    features = features_of(ours, batch)
+    logits = ours(batch.input_ids, batch.attention_mask, features, shifts)[batch.keep]
+    for mine, bf16, fp32 in ((features.flatten(0, 1), plain.image_hidden_states, exact.image_hidden_states),
+                             (logits, plain.logits[batch.keep], exact.logits[batch.keep])):
+        assert mine.dtype == torch.bfloat16
+        assert (mine - fp32).square().mean().sqrt() <= 2 * (bf16 - fp32).square().mean().sqrt()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must not matter, and what is refused
+# ---------------------------------------------------------------------------------------------------------------------
+def test_explicit_attention_gives_the_logits_of_the_fused_one(golden):
+    logits = [golden.exact(golden.input_ids, golden.attention_mask, golden.exact_features, s) for s in (None, Explicit())]
+    torch.testing.assert_close(logits[0][golden.keep], logits[1][golden.keep], **EXACT)
+
+
+@pytest.mark.parametrize("shifts", [None, Explicit()], ids=["fused", "explicit"])
+def test_more_left_padding_changes_no_logits(golden, shifts):
+    ids, mask = (torch.nn.functional.pad(x, (7, 0)) for x in (golden.input_ids, golden.attention_mask))
+    before = golden.exact(golden.input_ids, golden.attention_mask, golden.exact_features, shifts)
+    after = golden.exact(ids, mask, golden.exact_features, shifts)[:, 7:]
+    torch.testing.assert_close(after[golden.keep], before[golden.keep], **EXACT)
+
+
+def test_left_padding_moves_no_token_so_what_a_shift_makes_of_q_stays(golden):
+    """Logits cannot tell, as rotary attention is relative; a shift that reads the rotated q can."""
+    class Queries(Shifts):
+        def after_attention(self, layer, q, k, out, lse):
+            kept.append(q.transpose(1, 2))                    # (B,T,H,D)
+            return out
+
+    kept, seen = [], []
+    for pad in 0, 7:
+        ids, mask = (torch.nn.functional.pad(x, (pad, 0)) for x in (golden.input_ids, golden.attention_mask))
+        golden.exact(ids, mask, golden.exact_features, Queries())
+        seen.append(torch.stack(kept)[:, mask.bool()])
+        kept.clear()
+    torch.testing.assert_close(*seen, **EXACT)
+
+
+def test_the_padding_of_an_image_changes_none_of_its_features(golden):
+    for pixels, mask, together in zip(golden.pixels, golden.mask, golden.exact_features, strict=True):
+        h, w = int(mask[:, 0].sum()), int(mask[0].sum())
+        alone = golden.exact.encode_images(pixels[None, :, :h, :w], mask[None, :h, :w])[0]
+        torch.testing.assert_close(alone, together, **EXACT)
+        noisy = golden.exact.encode_images(pixels.where(mask, 5.0)[None], mask[None])[0]
+        torch.testing.assert_close(noisy, together, **EXACT)
+
+
+def test_changing_one_image_leaves_the_features_of_the_others_alone(golden):
+    pixels = golden.pixels.clone()
+    pixels[1] = -pixels[1]
+    features = golden.exact.encode_images(pixels, golden.mask)
+    torch.testing.assert_close(features[[0, 2]], golden.exact_features[[0, 2]], **EXACT)
+    assert (features[1] - golden.exact_features[1]).abs().max() > 0.1
+
+
+def test_wrong_numbers_of_image_tokens_and_words_that_do_not_exist_are_refused(golden):
+    with pytest.raises(InputError, match=r"24 image tokens in the prompts, but 16 rows of image features \(8 an image\)"):
+        golden.model(golden.input_ids, golden.attention_mask, golden.features[:2])
+    with pytest.raises(InputError, match="24 image tokens in the prompts, but 0 rows"):
+        golden.model(golden.input_ids, golden.attention_mask)
+    with pytest.raises(InputError, match="0 image tokens in the prompts, but 24 rows"):
+        golden.model(golden.input_ids[2:], golden.attention_mask[2:], golden.features)
+    for wrong in 130, -1:
+        with pytest.raises(InputError, match=rf"expected token ids in 0 … 129, found .*{wrong}"):
+            golden.model(torch.tensor([[1, wrong]]), torch.ones(1, 2))
+
+
+def test_a_row_that_may_attend_to_nothing_gives_zero_and_minus_infinity_and_no_gradient():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 3, 4, requires_grad=True) for _ in range(3))
+    mask = torch.tensor([[[[False] * 3, [True, False, False], [True] * 3]]])
+    out, lse = attention(q, k, v, mask)
+    assert out[:, :, 0].eq(0).all() and lse[:, :, 0].eq(-torch.inf).all()
+    (out.sum() + torch.sigmoid(-lse).sum()).backward()        # sigmoid(f − lse) is how a shift uses lse
+    assert q.grad[:, :, 0].eq(0).all() and all(x.grad.isfinite().all() and x.grad.ne(0).any() for x in (q, k, v))
+
+
+def test_key_value_heads_must_divide_the_heads():
+    with pytest.raises(ValueError, match="4 query heads are no multiple of 3"):
+        attention(torch.zeros(1, 4, 1, 2), torch.zeros(1, 3, 1, 2), torch.zeros(1, 3, 1, 2))
