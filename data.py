@@ -45,8 +45,8 @@ TEMPLATES = {
                     "Instruction: Provide an answer to the question. Use the image to answer.\n", stop=VQA_STOP),
     "caption": Template("Image:<image>\nCaption:", "Instruction: provide a short caption of the input image.\n",
                         stop=CAPTION_STOP),
-    # The answer's first word follows the question's last: what a model of six layers needs to find "the answer that stood behind
-    # this question before" (an induction head) then forms in a few hundred steps; with a word between them it did not in thousands.
+    # The answer stands right behind the question: then the model learns to find "what stood behind this question before" (an
+    # induction head) in a few hundred steps of pre-training; with one word between them it did not in thousands.
     "toy": Template("Image:<image> {question}"),
     "toy-caption": Template("Image:<image> Caption:"),
 }
