@@ -355,10 +355,11 @@ def main(argv=None):
     show = parser.add_subparsers(dest="command", required=True).add_parser("show", help="write a contact sheet as PNG")
     show.add_argument("--dataset", choices=KINDS, default="toy", help="kind of hidden rule (default %(default)s)")
     show.add_argument("--task", type=int, default=0, metavar="N", help="number of the held-out rule (default 0)")
+    show.add_argument("--rows", type=int, default=6, metavar="N", help="rows of four pictures (default %(default)s)")
     show.add_argument("--out", default="toy.png", metavar="FILE", help="PNG to write (default %(default)s)")
     args = parser.parse_args(argv)
     try:
-        contact_sheet(args.dataset, args.task).save(args.out)
+        contact_sheet(args.dataset, args.task, rows=args.rows).save(args.out)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"{args.out}: {args.dataset}, task {args.task}\n  " + "\n  ".join(describe(task(args.dataset, args.task))))
