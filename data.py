@@ -166,6 +166,22 @@ def load_vqa(dataset, root, split):
     return samples
 
 
+def stemmer(root):
+    """OK-VQA's stemming of answers (racing → race), read off the training annotations, which hold both forms → str → str.
+
+    Whole answers first, then word by word. The official answers are stemmed, so what is scored against them has to be too."""
+    path, whole, words = Path(root) / "okvqa" / "mscoco_train2014_annotations.json", {}, {}
+    for annotation in records(path, "annotations"):
+        for a in fields(annotation, path, answers=list)[0]:
+            stem, = fields(a, path, answer=str)
+            raw = a.get("raw_answer", stem)
+            whole[raw] = stem
+            if len(raw.split()) == len(stem.split()):
+                for r, s in zip(raw.split(), stem.split(), strict=True):
+                    words.setdefault(r, Counter())[s] += 1
+    return lambda text: whole.get(text) or " ".join(words[w].most_common(1)[0][0] if w in words else w for w in text.split())
+
+
 def load_captions(root, split):
     """COCO captions with Karpathy's splits."""
     path = root / "coco" / "dataset_coco.json"
@@ -201,7 +217,10 @@ def train_dev(dataset, root, n_train, n_dev, seed, task=0):
         return samples[:n_train], load(dataset, root, "dev", task)[:n_dev]
     dev = samples[:min(n_dev, len(samples) // 6)]
     dev_images = {s.image_id for s in dev}
-    return [s for s in samples[len(dev):] if s.image_id not in dev_images][:n_train], dev
+    train = [s for s in samples[len(dev):] if s.image_id not in dev_images][:n_train]
+    if not train:
+        raise InputError(f"{root}: expected training samples of {dataset} with other pictures than its dev samples, found none")
+    return train, dev
 
 
 def pick_icds(pool, query, shots, seed):
@@ -246,7 +265,7 @@ class Processor:
                  rescale=1 / 255, resample=Image.Resampling.BILINEAR):
         self.tokenizer, self.longest, self.shortest, self.resample = tokenizer, longest_edge, shortest_edge, resample
         self.n_latents, self.vocab_size = config.perceiver.resampler_n_latents, config.text.vocab_size
-        self.pad_id, self.bos_id, self.end_id = config.text.pad_token_id, self.token_id("<s>"), self.token_id("</s>")
+        self.pad_id, self.bos_id = config.text.pad_token_id, self.token_id("<s>")
         self.image_ids = self.token_id("<fake_token_around_image>"), self.token_id("<image>")
         # A byte has 256 values: the published arithmetic (rescaled in fp64, kept in fp32, normalised in fp32), done once. (256,3)
         bytes_ = (np.arange(256, dtype=np.float64) * rescale).astype(np.float32)[:, None]

@@ -5,7 +5,7 @@
     python eval.py --method icl --shots 8 --dataset okvqa --model FOLDER --data FOLDER --limit 500
 
 A run's folder gets results.json (a list of rows {dataset, split, method, shots, metric, score (0-100), n, seed, parameters,
-prompt_tokens, ms_per_query, train_seconds}; a row of the same dataset, split, method, shots and n is replaced) and
+prompt_tokens, ms_per_query, train_seconds}; a row of the same dataset, split, method, shots, n and seed is replaced) and
 predictions.jsonl (one line a prediction).
 """
 
@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from baselines.live import LIVE
-from data import DATASETS, OFFICIAL_TEMPLATES, TEMPLATES, Processor, load, pick_icds, prompts, train_dev
+from data import DATASETS, OFFICIAL_TEMPLATES, TEMPLATES, Processor, load, pick_icds, prompts, stemmer, train_dev
 from metrics import cider, vqa_accuracy
 from mimic import MimIC
 from model import Idefics2, InputError, read_json
@@ -117,10 +117,14 @@ def clock(device):
     return time.perf_counter()
 
 
-def score(dataset, samples, answers):
-    """→ score (0-100) and each item's (0-100), or None and Nones where the split has no annotations."""
+def score(dataset, samples, answers, root=None):
+    """→ score (0-100) and each item's (0-100), or None and Nones where the split has no annotations.
+
+    OK-VQA's official answers are stemmed: so are the answers here before they are scored (root: the --data folder)."""
     if not all(s.answers for s in samples):
         return None, [None] * len(samples)
+    if dataset == "okvqa":
+        answers = list(map(stemmer(root), answers))
     if DATASETS[dataset].metric == "vqa_accuracy":
         each = np.array([vqa_accuracy(a, s.answers) for a, s in zip(answers, samples, strict=True)])
         overall = each.mean()
@@ -139,6 +143,14 @@ def write_atomically(path, text):
     os.replace(temporary, path)
 
 
+def read_lines(path):
+    """The lines of a file, none if it is not there. (splitlines would cut at characters that JSON leaves as they are.)"""
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+
+
+SAME = ("dataset", "split", "method", "shots", "n", "seed")            # a new row takes the place of one that agrees in these
+
+
 def add_results(folder, row, samples, answers, each):
     """Adds a row to results.json and its predictions to predictions.jsonl, in the place of older ones of the same kind."""
     folder = Path(folder)
@@ -146,11 +158,11 @@ def add_results(folder, row, samples, answers, each):
     results, predictions = folder / "results.json", folder / "predictions.jsonl"
 
     def other(r):
-        return any(r.get(k) != row[k] for k in ("dataset", "split", "method", "shots"))
+        return any(r.get(k) != row[k] for k in SAME)
 
     rows = [r for r in (read_json(results) if results.exists() else []) if other(r)]
-    lines = [x for x in (predictions.read_text().splitlines() if predictions.exists() else []) if other(json.loads(x))]
-    kind = {k: row[k] for k in ("dataset", "split", "method", "shots")}
+    lines = [x for x in read_lines(predictions) if other(json.loads(x))]
+    kind = {k: row[k] for k in SAME}
     lines += [json.dumps({**kind, "id": s.id, "image_id": s.image_id, "question": s.question, "prediction": a,
                           "answers": s.answers, "score": x}, ensure_ascii=False)
               for s, a, x in zip(samples, answers, each, strict=True)]
@@ -159,11 +171,11 @@ def add_results(folder, row, samples, answers, each):
 
 
 def evaluate(folder, model, processor, dataset, split, samples, method, shots=0, shifts=None, seed=0, parameters=0,
-             train_seconds=0, **options):
+             train_seconds=0, root=None, **options):
     """Answers, scores and writes one method on one split → the row. options as `answer`."""
     answers, cost = answer(model, processor, dataset, samples, shots=shots, shifts=shifts, seed=seed,
                            progress=f"{method}{f' {shots}-shot' if shots else ''}", **options)
-    total, each = score(dataset, samples, answers)
+    total, each = score(dataset, samples, answers, root)
     row = {"dataset": dataset, "split": split, "method": method, "shots": shots, "metric": DATASETS[dataset].metric,
            "score": total, "n": len(samples), "seed": seed, "parameters": parameters, **cost, "train_seconds": train_seconds}
     add_results(folder, row, samples, answers, each)
@@ -214,9 +226,18 @@ def add_common_arguments(parser):
 
 
 def resolve(args):
-    """Fills in what depends on the machine."""
+    """Fills in what depends on the machine. Raises InputError for a number or a device that cannot be."""
+    for name, least in {"samples": 1, "dev_samples": 0, "limit": 1, "shots": 0, "epochs": 1, "batch_size": 1, "accumulate": 1,
+                        "draws": 0, "eval_batch_size": 1, "num_beams": 1}.items():
+        value = getattr(args, name, None)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, found {value}")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device: expected a device of this machine, found {args.device} ({str(e).splitlines()[0]})") from None
 
 
 def template_of(args):
@@ -233,14 +254,23 @@ def main(argv=None):
                                      epilog=__doc__.split("\n\n", 1)[1])
     run = add_common_arguments(parser)
     run.add_argument("--run", default=None, metavar="FOLDER", help="a folder train.py wrote: its adapter, model, data and seed")
-    run.add_argument("--method", choices=("zero-shot", "icl"), default="zero-shot", help="without --run (default %(default)s)")
+    run.add_argument("--method", choices=("zero-shot", "icl"), default=None,
+                     help="without --run (default: icl if --shots is given, else zero-shot)")
     run.add_argument("--shots", type=int, default=None, help="ICDs before each query, for --method icl (default 8)")
     run.add_argument("--split", default=None, help="train, val or test, as the dataset has it (default: the dataset's own)")
     args = parser.parse_args(argv)
     if args.run:                  # the run's own arguments, where the command line says nothing else
         saved = read_json(Path(args.run) / "args.json")
-        parser.set_defaults(**{k: v for k, v in saved.items() if k in vars(args) and k not in ("out", "shots", "method")})
+        if not isinstance(saved, dict) or saved.get("method") not in ADAPTERS:
+            raise InputError(f"{args.run}/args.json: expected the arguments of a run of train.py, found something else")
+        if args.method or args.shots is not None:
+            raise InputError("--run: expected neither --method nor --shots beside it, found one")
+        mine = {k: v for k, v in saved.items() if k in vars(args) and k not in ("out", "shots", "method", "device", "limit")}
+        parser.set_defaults(**mine)
         args = parser.parse_args(argv)
+    if args.method == "zero-shot" and args.shots:
+        raise InputError(f"--method zero-shot: expected no --shots, found {args.shots}")
+    args.method = args.method or ("icl" if args.shots else "zero-shot")
     resolve(args)
     model, processor = load_model(args.model, args.device, args.dtype)
     split = args.split or DATASETS[args.dataset].eval_split
@@ -257,7 +287,8 @@ def main(argv=None):
     else:
         method, shots = args.method, (8 if args.shots is None else args.shots) if args.method == "icl" else 0
     pool = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task)[0] if shots else ()
-    row = evaluate(folder, model, processor, args.dataset, split, queries, method, shots, seed=args.seed, pool=pool, **options)
+    row = evaluate(folder, model, processor, args.dataset, split, queries, method, shots, seed=args.seed, pool=pool,
+                   root=args.data, **options)
     print(table([row]))
     if row["score"] is None:
         print(f"{args.dataset} {split} has no annotations here: the answers are not scored")

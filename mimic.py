@@ -73,7 +73,7 @@ class MimIC(nn.Module, Shifts):
         """μ̃ = e^f / (e^f + Z2), (B,H,T): how much of the vector each head adds at each token."""
         if self.mu_of == "one":
             return torch.ones_like(lse)
-        log_z1, log_z2 = self.f(layer, q), lse if self.z2 == "masked" else attention(q, k, k)[1]
+        log_z1, log_z2 = self.f(layer, q), lse if self.z2 == "masked" else attention(q, k, k[..., :1])[1]
         if self.mu_of == "layer":
             log_z1, log_z2 = log_z1.sum(1, keepdim=True), log_z2.mean(1, keepdim=True)
         return mixing_weight(log_z1, log_z2).expand_as(lse)
@@ -161,12 +161,12 @@ def align_loss(student, teacher, mask, norm=False):
     and d of a sample, then over samples (the paper sums over tokens and d: a factor that λ would have to absorb). norm=True
     divides each layer's error by the mean square of the teacher's states there, so that no layer drowns the others.
     Paper, Figure 3; official code: F.mse_loss, shift_model.py:145-156."""
-    keep, n_kept, loss = mask.unsqueeze(-1), mask.sum(1).clamp(min=1), 0.0
+    keep, n_kept, loss = mask.bool().unsqueeze(-1), mask.sum(1).clamp(min=1), 0.0
 
     def mean_square(x):
         return x.masked_fill(~keep, 0).float().pow(2).mean(-1).sum(1) / n_kept          # (B,): over kept tokens and d
 
     for s, t in zip(student, teacher, strict=True):
         error = mean_square(s.float() - t.float())
-        loss = loss + (error / mean_square(t) if norm else error).mean()
+        loss = loss + (error / mean_square(t).clamp(min=1e-12) if norm else error).mean()
     return loss / len(student)

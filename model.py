@@ -130,7 +130,7 @@ class Config:
             refuse("text_config rope_type", "'default'", rope)
         text.setdefault("rope_theta", rope.get("rope_theta"))
         if isinstance(text.get("eos_token_id"), list):      # generation_config.json says what ends an answer
-            text["eos_token_id"] = text["eos_token_id"][0]
+            text["eos_token_id"] = (text["eos_token_id"] or [None])[0]
         for part, act in (vision, "gelu_pytorch_tanh"), (perceiver, "silu"), (text, "silu"):
             if part.get("hidden_act", act) != act:
                 refuse("hidden_act", repr(act), part["hidden_act"])
@@ -278,7 +278,7 @@ def patch_position_ids(mask, side):
 
     fp32 on purpose: the published model bucketises rounded fractions, and the exact integer formula differs from it for some
     sizes. Patches that are not valid get id 0."""
-    boundaries = torch.arange(1 / side, 1.0, 1 / side, device=mask.device)
+    boundaries = torch.arange(1 / side, 1.0, 1 / side).to(mask.device)          # on the CPU: other devices round differently
 
     def buckets(n_valid, length):
         fractions = torch.arange(length, device=mask.device, dtype=torch.float32) * (1.0 / n_valid)[:, None]
@@ -580,6 +580,8 @@ class Idefics2(nn.Module):
 
         num_beams 1 is greedy. end_ids and banned_ids are added to the model's own. A hypothesis scores
         Σ log p / length ** length_penalty, the end token counted; see BeamSearch."""
+        if max_new_tokens < 1:
+            return input_ids.new_empty(len(input_ids), 0)
         prompt = input_ids.shape[1]
         cache = KVCache(self.config.text.num_hidden_layers, prompt + max_new_tokens)
         vocab = self.config.text.vocab_size
@@ -690,7 +692,7 @@ def read_tensors(folder, expected, dtype, device):
             raise InputError(f"{file}: expected a complete safetensors file, found: {e}") from None
     missing = sorted(expected.keys() - found.keys())
     if missing or unexpected or misshapen:
-        what = [f"{len(names)} {kind}: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}" for kind, names in
+        what = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in
                 (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)) if names]
         raise InputError(f"{folder}: expected the {len(expected)} tensors of this config.json, found " + "; ".join(what))
     return tensors

@@ -11,9 +11,10 @@
 Trained end to end from scratch the same model learns nothing but the form of the answers for a long time: attention has no
 reason to look at pictures that do not yet say anything. So the pictures come first. The form of the prompt matters as much:
 the question word stands right before its answer (data.TEMPLATES), so that looking up an earlier answer takes one comparison
-of it with the token before that answer. With one more word in between, the made-up words were not learnt in 1,900 steps.
+of it with the token before that answer. With one more word in between, what the made-up words mean is not learnt in the
+same time: the model goes on guessing among the meanings it has seen.
 
-Letters: B episodes, T tokens, N pictures, M pictures of the bank, d width of the decoder, E = 9 examples an episode.
+Letters: B episodes, T tokens, N pictures, d width of the decoder, E = 9 examples an episode.
 """
 
 import argparse
@@ -160,8 +161,8 @@ LONGEST = 1 + E * 15                                     # tokens of an episode 
 
 
 class ExplicitAttention(Shifts):
-    """Changes nothing, but by looking at attention it has it computed as matmul and softmax, whose backward pass is twice as
-    fast on a CPU as that of the fused attention at these sizes."""
+    """Changes nothing, but by looking at attention it has it computed as matmul and softmax. Compiled, a step is then twice as
+    fast on a CPU as with the fused attention, whose backward pass is slow in bfloat16 at these sizes."""
 
     def after_attention(self, layer, q, k, out, lse):
         return out
@@ -238,8 +239,8 @@ def schedule(step, steps, warmup=200, decay=0.3):
 class Team:
     """The processes of a run, one a core: each computes its share of a batch, all make the same step with the mean gradient.
 
-    One thread each: threads wait for each other in every operation, which is slow at these sizes and ten times slower as
-    soon as anything else runs on a core. Processes wait for each other once a step."""
+    One thread each. On idle cores threads do as well, but they wait for each other in every operation, so that a step takes
+    many times as long as soon as anything else runs on a core. Processes wait for each other once a step."""
 
     def __init__(self, size, n_numbers):
         self.size, self.rank, self.parent = size, 0, os.getpid()
@@ -342,7 +343,7 @@ def measure(model, writer, scenes, bank, n, seed):
 def train_decoder(model, processor, state, team, args):
     """The decoder learns to continue episodes under any seen rule; appends to state.log what never-seen rules say of it."""
     scenes, bank = make_bank(model, processor, args.bank, [args.seed, 4])
-    fresh_scenes, fresh_bank = make_bank(model, processor, 2048, [args.seed, 5])
+    fresh_scenes, fresh_bank = make_bank(model, processor, min(args.bank, 2048), [args.seed, 5])
     writer = Writer(processor)
     decoder = torch.nn.ModuleList([model.model["text_model"], model.lm_head]).requires_grad_(True)
     optimizer = adamw(decoder.parameters(), args.lr)
@@ -391,10 +392,10 @@ def score(model, processor, bank, episodes, shots):
     return np.mean([processor.decode(row).split("\n")[0].strip() == q.target for row, q in zip(ids, queries, strict=True)])
 
 
-def make_table(model, processor, n, seed):
+def make_table(model, processor, n, seed, bank=2048):
     """→ list of {kind, rules, shots, accuracy (0-100), shown, n}: n episodes a row. shown (0-100): how
     often one of the demonstrations asks the query's word; None for captions, where any of them tells the rule."""
-    scenes, bank = make_bank(model, processor, 2048, [seed, 6])
+    scenes, bank = make_bank(model, processor, bank, [seed, 6])
     rows = []
     for kind in toy.KINDS:
         for rules in ("seen", "never seen"):
@@ -452,7 +453,7 @@ def write_results(model, state, args):
         writer.writeheader()
         writer.writerows(state.log)
     published = Idefics2.from_pretrained(args.out)              # what others get: rounded to bfloat16, computed in fp32
-    table = make_table(published, Processor.from_pretrained(args.out), args.table_episodes, args.seed)
+    table = make_table(published, Processor.from_pretrained(args.out), args.table_episodes, args.seed, min(args.bank, 2048))
     (args.out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
     machine = f"CPU, {os.cpu_count()} cores"
     text = README.format(parameters=sum(t.numel() for t in weights.values()), command=args.command, minutes=state.minutes(),

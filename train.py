@@ -36,6 +36,7 @@ from eval import (
     generation_options,
     load_model,
     new_adapter,
+    read_lines,
     resolve,
     run_command,
     score,
@@ -74,9 +75,10 @@ def parse(argv):
     method.add_argument("--lambda-ce", type=float, default=0.5, help="weight of the LM loss, λ (default %(default)s)")
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--epochs", type=int, default=None, help="(default: 15 below 100 samples, 10 up to 500, else 5)")
-    optimisation.add_argument("--batch-size", type=int, default=4, help="queries at a time (default %(default)s)")
+    optimisation.add_argument("--batch-size", type=int, default=16,
+                              help="queries at a time (default %(default)s, what the official runs add up to)")
     optimisation.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step (default %(default)s)")
-    optimisation.add_argument("--lr", type=float, default=5e-3, help="highest learning rate of AdamW (default %(default)s)")
+    optimisation.add_argument("--lr", type=float, default=None, help="highest learning rate of AdamW (default 5e-3, the toys 2e-2)")
     optimisation.add_argument("--warmup", type=float, default=0.1,
                               help="share of the steps with a rising rate, then cosine (default %(default)s)")
     optimisation.add_argument("--weight-decay", type=float, default=1e-3, help="of AdamW (default %(default)s)")
@@ -86,15 +88,15 @@ def parse(argv):
     args = parser.parse_args(argv)
     resolve(args)
     toy = args.dataset.startswith("toy")
-    args.out = args.out or f"runs/{args.dataset}"
+    args.out = args.out or f"runs/{args.dataset}" + ("" if args.method == "mimic" else f"-{args.method}")
+    args.lr = args.lr or (2e-2 if toy else 5e-3)
     args.compare = (COMPARE if toy else []) if args.compare is None else args.compare
     args.align_on = args.align_on or ("logits" if args.method == "live" else "ffn" if args.official else "layer")
     args.ce_on = args.ce_on or ("sequence" if args.official else "answer")
     args.z2 = args.z2 or ("unmasked" if args.official else "masked")
     args.align_norm = not args.official if args.align_norm is None else args.align_norm
-    for name in ("samples", "batch_size", "accumulate", "eval_batch_size", "num_beams"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
+    if args.dtype == "float16":
+        raise InputError("--dtype: expected bfloat16 or float32 for training (float16 rounds its small gradients to 0), found it")
     return args
 
 
@@ -192,7 +194,7 @@ def train(args, model, processor, samples, dev, features, folder):
                     if dev:
                         answers, _ = answer(model, processor, args.dataset, dev, shifts=adapter, features=features,
                                             **generation_options(args))
-                        value = row["dev"] = score(args.dataset, dev, answers)[0]
+                        value = row["dev"] = score(args.dataset, dev, answers, args.data)[0]
                         bar.write(f"epoch {epoch + 1}: loss {row['loss']:.3f}, dev score {value:.2f}")
                     if value >= best:
                         best = value
@@ -206,7 +208,7 @@ def train(args, model, processor, samples, dev, features, folder):
 def start_run(args):
     """The run's folder, with args.json. A folder with a run of other arguments is left alone."""
     folder, mine = Path(args.out), vars(args)
-    if (folder / "args.json").exists():
+    if (folder / "args.json").exists() and any(folder.glob("*.safetensors")):
         old = read_json(folder / "args.json")
         differ = sorted(k for k in mine if old.get(k, mine[k]) != mine[k])
         if differ:
@@ -226,8 +228,7 @@ def start_run(args):
 def show_answers(folder, args, split, n=3):
     """A few questions with what each method said to them."""
     said = {}
-    for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
-        p = json.loads(line)
+    for p in map(json.loads, read_lines(folder / "predictions.jsonl")):
         if p["dataset"] == args.dataset and p["split"] == split:
             said.setdefault(p["id"], []).append(p)
     for predictions in list(said.values())[:n]:
@@ -257,7 +258,7 @@ def main(argv=None):
     if not all(q.answers for q in queries):
         print(f"{args.dataset} {split} has no annotations in {args.data}: evaluating on the {len(dev)} dev samples instead")
         split, queries = "dev", dev
-    options, rows = generation_options(args) | {"features": features, "seed": args.seed}, []
+    options, rows = generation_options(args) | {"features": features, "seed": args.seed, "root": args.data}, []
     for shots in args.compare:
         rows.append(evaluate(folder, model, processor, args.dataset, split, queries, "icl" if shots else "zero-shot", shots,
                              pool=samples, **options))

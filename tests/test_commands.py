@@ -170,3 +170,36 @@ def test_a_users_mistake_is_one_line_and_exit_status_2(shared, tiny_folder, tmp_
 def test_help_is_documentation(script):
     text = command(script, "--help").stdout
     assert "--dataset" in text and "default" in text and "python train.py" in text or "python eval.py" in text
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--limit", "0"], "--limit: expected at least 1, found 0"), (["--num-beams", "0"], "--num-beams: expected at least 1"),
+    (["--eval-batch-size", "0"], "--eval-batch-size: expected at least 1"), (["--shots", "-1"], "--shots: expected at least 0"),
+    (["--device", "gpu"], "--device: expected a device of this machine, found gpu")])
+@pytest.mark.parametrize("main", [train.main, evaluation.main])
+def test_a_number_or_device_that_cannot_be_is_refused_before_any_work(main, words, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        main([*words, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_shots_mean_in_context_learning_and_do_not_go_with_a_run(tiny_folder, shared, okvqa_run, tmp_path):
+    row = evaluation.main(["--shots", "2", "--dataset", "okvqa", "--model", str(tiny_folder), "--data", str(shared / "data"),
+                           "--limit", "1", "--out", str(tmp_path)])
+    assert (row["method"], row["shots"]) == ("icl", 2)
+    with pytest.raises(InputError, match="neither --method nor --shots"):
+        evaluation.main(["--run", str(okvqa_run), "--shots", "2"])
+
+
+def test_odd_line_separators_in_a_prediction_do_not_break_the_files(tmp_path):
+    from data import Sample
+    row = {"dataset": "okvqa", "split": "val", "method": "icl", "shots": 1, "n": 1, "seed": 0}
+    for shots in (1, 2):
+        evaluation.add_results(tmp_path, {**row, "shots": shots}, [Sample(1, None, "a\u2028b\x85?", ["x"])], ["\u2029"], [0.0])
+    assert len(evaluation.read_lines(tmp_path / "predictions.jsonl")) == 2
+
+
+def test_live_trains_through_the_same_command(tiny_folder, shared, tmp_path):
+    rows = run_train("okvqa", tiny_folder, shared, tmp_path / "live", "--method", "live", "--limit", "2", "--epochs", "2")
+    assert rows[-1]["method"] == "live" and rows[-1]["parameters"] == 3 * (64 + 1)
+    assert evaluation.main(["--run", str(tmp_path / "live"), "--limit", "2", "--out", str(tmp_path / "again")])["method"] == "live"

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 
-from data import TEMPLATES, Processor, Sample, collate, load, pack, pick_icds, prompts, train_dev
+from data import TEMPLATES, Processor, Sample, collate, load, pack, pick_icds, prompts, stemmer, train_dev
 from model import InputError
 
 
@@ -247,3 +247,17 @@ def test_shuffling_a_seed_does_not_touch_the_global_random_state():
     random.seed(5)
     pick_icds(samples_of(10), samples_of(10)[0], 3, "x")
     assert random.random() == expected
+
+
+def test_okvqa_answers_are_stemmed_as_the_official_ones_are(shared, tmp_path):
+    """Learnt from the published training annotations alone, judged on pairs of the whole data set."""
+    import gzip
+    (tmp_path / "okvqa").mkdir()
+    whole = gzip.decompress((shared / "data/text_only/okvqa/mscoco_train2014_annotations.json.gz").read_bytes())
+    (tmp_path / "okvqa/mscoco_train2014_annotations.json").write_bytes(whole)
+    stem = stemmer(tmp_path)
+    pairs = json.loads((shared / "data/metrics/okvqa_stem/okvqa_stem_pairs.json").read_text())
+    pairs = pairs["rows"]
+    right = sum(stem(raw) == official for raw, official in pairs) / len(pairs)
+    unstemmed = sum(raw == official for raw, official in pairs) / len(pairs)
+    assert right > 0.95 > unstemmed
