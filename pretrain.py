@@ -538,4 +538,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        sys.exit(f"pretrain.py: {error}")
+        print(f"pretrain.py: {error}", file=sys.stderr)
+        sys.exit(2)

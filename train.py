@@ -75,10 +75,9 @@ def parse(argv):
     method.add_argument("--lambda-ce", type=float, default=0.5, help="weight of the LM loss, λ (default %(default)s)")
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--epochs", type=int, default=None, help="(default: 15 below 100 samples, 10 up to 500, else 5)")
-    optimisation.add_argument("--batch-size", type=int, default=16,
-                              help="queries at a time (default %(default)s, what the official runs add up to)")
+    optimisation.add_argument("--batch-size", type=int, default=4, help="queries at a time (default %(default)s)")
     optimisation.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step (default %(default)s)")
-    optimisation.add_argument("--lr", type=float, default=None, help="highest learning rate of AdamW (default 5e-3, the toys 2e-2)")
+    optimisation.add_argument("--lr", type=float, default=None, help="highest rate of AdamW (default 5e-3, the toys 2e-2)")
     optimisation.add_argument("--warmup", type=float, default=0.1,
                               help="share of the steps with a rising rate, then cosine (default %(default)s)")
     optimisation.add_argument("--weight-decay", type=float, default=1e-3, help="of AdamW (default %(default)s)")

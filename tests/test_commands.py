@@ -202,4 +202,5 @@ def test_odd_line_separators_in_a_prediction_do_not_break_the_files(tmp_path):
 def test_live_trains_through_the_same_command(tiny_folder, shared, tmp_path):
     rows = run_train("okvqa", tiny_folder, shared, tmp_path / "live", "--method", "live", "--limit", "2", "--epochs", "2")
     assert rows[-1]["method"] == "live" and rows[-1]["parameters"] == 3 * (64 + 1)
-    assert evaluation.main(["--run", str(tmp_path / "live"), "--limit", "2", "--out", str(tmp_path / "again")])["method"] == "live"
+    again = evaluation.main(["--run", str(tmp_path / "live"), "--limit", "2", "--out", str(tmp_path / "again")])
+    assert again["method"] == "live"
