@@ -168,7 +168,7 @@ def attention(q, k, v, mask=None):
     if mask is not None:      # finite, so that exp(scores − lse) has no inf − inf in rows without a key, forwards or backwards
         scores = scores.masked_fill(~mask.unsqueeze(2), torch.finfo(scores.dtype).min)
     lse = torch.logsumexp(scores, -1)
-    out = ((scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ v.unsqueeze(2)).reshape(B, H, T, D)
+    out = ((scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ v.unsqueeze(2)).reshape(B, H, T, v.shape[-1])
     lse = lse.reshape(B, H, T)
     if mask is not None:
         nothing = ~mask.any(-1)                                                                   # (B,1,T)
