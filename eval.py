@@ -36,7 +36,10 @@ PIXELS_AT_ONCE = 2_000_000        # pixels the vision tower encodes together: si
 def load_model(folder, device, dtype):
     """→ model, processor."""
     processor = Processor.from_pretrained(folder)
-    return Idefics2.from_pretrained(folder, getattr(torch, dtype), device), processor
+    model = Idefics2.from_pretrained(folder, getattr(torch, dtype), device)
+    if model.device.type == "cpu" and model.config.text.hidden_size <= 256:
+        torch.set_num_threads(1)              # so small that threads spend more time waiting for each other than they save
+    return model, processor
 
 
 @torch.no_grad()
