@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from baselines.live import LIVE
 from data import OFFICIAL_TEMPLATES, Processor, Sample, collate
 from mimic import MimIC, Recorder, align_loss
 from model import Idefics2
@@ -132,3 +133,11 @@ def test_train_py_official_takes_the_official_step(model, golden, batch):
     (args.lambda_align * align + args.lambda_ce * ce).backward()
     for name, p in (("v", mimic.vector), ("f_weight", mimic.f_weight), ("f_bias", mimic.f_bias)):
         close(p.grad, golden[f"mimic_unmasked_z2.grad.{name}"])
+
+
+def test_live_moves_the_states_as_the_official_code_does(model, golden):
+    live = LIVE(*golden["live.v"].shape)
+    live.load_state_dict({"vector": golden["live.v"], "alpha": golden["live.alpha"]})
+    logits, ids, mask = forward(model, golden, "student", live)
+    close(logits[mask], golden["live.logits"][mask])
+    close(F.cross_entropy(logits[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]), golden["live.ce_loss"])
