@@ -88,7 +88,7 @@ def parse(argv):
     resolve(args)
     toy = args.dataset.startswith("toy")
     args.out = args.out or f"runs/{args.dataset}" + ("" if args.method == "mimic" else f"-{args.method}")
-    args.lr = args.lr or (2e-2 if toy else 5e-3)
+    args.lr = (2e-2 if toy else 5e-3) if args.lr is None else args.lr
     args.compare = (COMPARE if toy else []) if args.compare is None else args.compare
     args.align_on = args.align_on or ("logits" if args.method == "live" else "ffn" if args.official else "layer")
     args.ce_on = args.ce_on or ("sequence" if args.official else "answer")
