@@ -49,6 +49,16 @@ VARIANTS = {                                        # name → options of train.
     "draws-1": ["--draws", "1"],
     "draws-2": ["--draws", "2"],
     "official": ["--official"],
+    "layerwise": ["--fit", "layerwise"],
+    "layerwise-20": ["--fit", "layerwise", "--samples", "20"],
+    "layerwise-50": ["--fit", "layerwise", "--samples", "50"],
+    "layerwise-200": ["--fit", "layerwise", "--samples", "200"],
+    "layerwise-50-draws-1": ["--fit", "layerwise", "--samples", "50", "--draws", "1"],
+    "layerwise-50-draws-40": ["--fit", "layerwise", "--samples", "50", "--draws", "40"],
+    "layerwise-50-text": ["--fit", "layerwise", "--samples", "50", "--fit-tokens", "text"],
+    "layerwise-50-answer": ["--fit", "layerwise", "--samples", "50", "--fit-tokens", "answer"],
+    "layerwise-mu-one": ["--fit", "layerwise", "--mu", "one"],
+    "layerwise-50-mu-one": ["--fit", "layerwise", "--samples", "50", "--mu", "one"],
 }
 SHOTS = (0, 1, 2, 4, 8)                             # of the untrained rows: zero-shot and in-context learning
 

@@ -3,6 +3,7 @@
     python train.py                                                             # the toy world: everything in three minutes
     python train.py --dataset okvqa --model FOLDER --data FOLDER                # Idefics2-8b-base on OK-VQA
     python train.py --dataset coco --shots 8 --lr 1e-3 --out runs/my-run
+    python train.py --fit layerwise                                             # without backpropagation: fit.py
 
 Trains on --samples of the training split, chooses the epoch by the score on --dev-samples others, then evaluates on the
 dataset's evaluation split, which training never sees. --out gets args.json, log.csv, METHOD.safetensors, results.json and
@@ -44,6 +45,7 @@ from eval import (
     template_of,
     write_atomically,
 )
+from fit import fit
 from mimic import Recorder, align_loss
 from model import InputError, read_json
 
@@ -57,9 +59,18 @@ def parse(argv):
     run = add_common_arguments(parser)
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=ADAPTERS, default="mimic", help="what is trained (default %(default)s)")
+    method.add_argument("--fit", choices=("training", "layerwise"), default="training",
+                        help="how: gradient steps on L_align and the LM loss (default), or every layer's f and v fitted to the "
+                             "true shift, forward passes only (fit.py)")
+    method.add_argument("--init", choices=("random", "layerwise"), default="random",
+                        help="where training starts (default %(default)s); layerwise = from what --fit layerwise finds")
     method.add_argument("--shots", type=int, default=8, help="demonstrations the teacher reads (default %(default)s)")
     method.add_argument("--draws", type=int, default=0, metavar="N",
-                        help="different sets of demonstrations a query meets; 0 = a new one every epoch (default)")
+                        help="different sets of demonstrations a query meets; 0 (default) = a new one every epoch, or for the "
+                             "layer-wise fit as many as make 1,000 pairs of query and set, 10 at most")
+    method.add_argument("--fit-tokens", choices=("all", "text", "answer"), default="all",
+                        help="where the layer-wise fit looks: all tokens of query and answer (default), all but image tokens, or "
+                             "the answer's alone")
     method.add_argument("--align-on", choices=("layer", "ffn", "logits"), default=None,
                         help="compared: each layer's output, the paper's H (default), or its FFN's output (official code), or, "
                              "by KL, the probabilities of the answer's tokens (default of live)")
@@ -77,23 +88,28 @@ def parse(argv):
     optimisation.add_argument("--epochs", type=int, default=None, help="(default: 15 below 100 samples, 10 up to 500, else 5)")
     optimisation.add_argument("--batch-size", type=int, default=4, help="queries at a time (default %(default)s)")
     optimisation.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step (default %(default)s)")
-    optimisation.add_argument("--lr", type=float, default=None, help="highest rate of AdamW (default 5e-3, the toys 2e-2)")
+    optimisation.add_argument("--lr", type=float, default=None,
+                              help="highest rate of AdamW (default 5e-3, the toys from a random start 2e-2)")
     optimisation.add_argument("--warmup", type=float, default=0.1,
                               help="share of the steps with a rising rate, then cosine (default %(default)s)")
     optimisation.add_argument("--weight-decay", type=float, default=1e-3, help="of AdamW (default %(default)s)")
     optimisation.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default %(default)s)")
+    run.add_argument("--memory-gb", type=float, default=4.0, metavar="GB",
+                     help="states and tokens that the layer-wise fit keeps in memory; more states go to disk (default %(default)s)")
     run.add_argument("--compare", type=int, nargs="*", default=None, metavar="K",
                      help="evaluate in-context learning too, with these shots, 0 = zero-shot (toys: 0 1 2 4 8, else none)")
     args = parser.parse_args(argv)
     resolve(args)
     toy = args.dataset.startswith("toy")
     args.out = args.out or f"runs/{args.dataset}" + ("" if args.method == "mimic" else f"-{args.method}")
-    args.lr = (2e-2 if toy else 5e-3) if args.lr is None else args.lr
+    args.lr = (2e-2 if toy and args.init == "random" else 5e-3) if args.lr is None else args.lr
     args.compare = (COMPARE if toy else []) if args.compare is None else args.compare
     args.align_on = args.align_on or ("logits" if args.method == "live" else "ffn" if args.official else "layer")
     args.ce_on = args.ce_on or ("sequence" if args.official else "answer")
     args.z2 = args.z2 or ("unmasked" if args.official else "masked")
     args.align_norm = not args.official if args.align_norm is None else args.align_norm
+    if "layerwise" in (args.fit, args.init) and (args.method != "mimic" or args.official or args.shots < 1):
+        raise InputError("a layer-wise fit: expected --method mimic and at least one shot, and no --official; found another")
     if args.dtype == "float16":
         raise InputError("--dtype: expected bfloat16 or float32 for training (float16 rounds its small gradients to 0), found it")
     return args
@@ -146,10 +162,8 @@ def learning_rate(step, steps, warmup):
 # ---------------------------------------------------------------------------------------------------------------------
 # All steps
 # ---------------------------------------------------------------------------------------------------------------------
-def train(args, model, processor, samples, dev, features, folder):
-    """Trains, writes log.csv and the best epoch's adapter → (the best adapter, seconds of training)."""
-    torch.manual_seed(args.seed)
-    adapter = new_adapter(args.method, model, **({"z2": args.z2, "mu_of": args.mu} if args.method == "mimic" else {}))
+def train(args, model, processor, adapter, samples, dev, features, folder):
+    """Trains the adapter, writes log.csv and the best epoch's → (the best adapter, seconds of training)."""
     trained = [p for p in adapter.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(adapter.groups(args.lr), weight_decay=args.weight_decay)
     highest = [group["lr"] for group in optimiser.param_groups]
@@ -197,11 +211,33 @@ def train(args, model, processor, samples, dev, features, folder):
                         bar.write(f"epoch {epoch + 1}: loss {row['loss']:.3f}, dev score {value:.2f}")
                     if value >= best:
                         best = value
-                        adapter.save(path, method=args.method, model=Path(args.model).resolve().name, dataset=args.dataset,
-                                     task=args.task, shots=args.shots, seed=args.seed, epoch=epoch + 1, torch=torch.__version__)
+                        adapter.save(path, **about(args), epoch=epoch + 1)
                 log.writerow(row)
                 file.flush()
     return ADAPTERS[args.method].load(path).to(model.device), seconds
+
+
+def about(args):
+    """What an adapter file says of itself."""
+    return {"method": args.method, "model": Path(args.model).resolve().name, "dataset": args.dataset, "task": args.task,
+            "shots": args.shots, "seed": args.seed, "torch": torch.__version__}
+
+
+def fit_layerwise(args, model, processor, adapter, samples, features, folder):
+    """Every layer's f and v, bottom to top (fit.py)."""
+    draws, template = args.draws or max(1, min(10, round(1000 / len(samples)))), template_of(args)
+
+    def collated(queries, draw):
+        icds = [pick_icds(samples, q, args.shots, f"{args.seed}-{draw}-{q.id}") for q in queries]
+        return collate(queries, icds, processor, template)
+
+    def embed(rows):
+        return model.embed(rows.input_ids.to(model.device), gather(features, rows.samples))
+
+    chunks = [[collated(samples[i:i + args.batch_size], draw) for draw in range(draws)]
+              for i in range(0, len(samples), args.batch_size)]
+    shares = fit(model, adapter, chunks, embed, processor.image_ids, folder, args.memory_gb, args.fit_tokens)
+    print("explained of the shift, layer by layer: " + " ".join(f"{share:.2f}" for share in shares))
 
 
 def start_run(args):
@@ -219,8 +255,8 @@ def start_run(args):
                                 text=True).stdout.strip()
     except OSError:
         commit = ""
-    about = {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "started": time.strftime("%F %T")}
-    write_atomically(folder / "args.json", json.dumps({**mine, **about}, indent=1) + "\n")
+    machine = {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "started": time.strftime("%F %T")}
+    write_atomically(folder / "args.json", json.dumps({**mine, **machine}, indent=1) + "\n")
     return folder
 
 
@@ -250,9 +286,18 @@ def main(argv=None):
     pick_icds(samples, samples[0], args.shots, "")             # too few samples? say it before the long work
     folder, features = start_run(args), {}
     encode_images(model, processor, samples + dev, features, "encode images")
-    encoded = time.perf_counter()
-    adapter, seconds = train(args, model, processor, samples, dev, features, folder)
-    seconds = round(seconds + encoded - began, 1)
+    torch.manual_seed(args.seed)
+    adapter = new_adapter(args.method, model, **({"z2": args.z2, "mu_of": args.mu} if args.method == "mimic" else {}))
+    if "layerwise" in (args.fit, args.init):
+        fit_layerwise(args, model, processor, adapter, samples, features, folder)
+    seconds = time.perf_counter() - began
+    if args.fit == "layerwise":
+        adapter.save(folder / f"{args.method}.safetensors", **about(args), epoch=0)
+    else:
+        adapter, more = train(args, model, processor, adapter, samples, dev, features, folder)
+        seconds += more
+    (folder / "fit.safetensors").unlink(missing_ok=True)
+    seconds = round(seconds, 1)
 
     if not all(q.answers for q in queries):
         print(f"{args.dataset} {split} has no annotations in {args.data}: evaluating on the {len(dev)} dev samples instead")

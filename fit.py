@@ -1,0 +1,258 @@
+"""MimIC without backpropagation: every layer's f and v fitted to the shift that the demonstrations really cause.
+
+    python train.py --fit layerwise                                             # instead of training
+    python train.py --init layerwise --epochs 1                                 # and a little training from there
+
+The identity (mimic.py) says what MimIC has to add at every head. So run the original model on {demonstrations, query}, the
+teacher, and the model with shifts on the query alone, the student, layer by layer, and fit each layer before going up:
+
+    1. teacher   x_T, its states before the layer;  A_T, what attention adds to them (behind W_o);  log Z1 of the demonstrations
+    2. student   x_S, under the shifts of the layers below;  A_S;  q;  log Z2
+    3. target    Δ = (x_T + A_T) − (x_S + A_S):  what to add behind attention so that the student's stream is the teacher's,
+                 with all that the layers below have missed
+    4. start     f by ridge regression of log Z1 on [q; 1];  v by least squares of Σ_h μ̃_h W_o^h v_h on Δ
+    5. refine    f by L-BFGS on the same squared error; the best v of every f is known in closed form
+    6. advance   both, the student with the layer's new shift
+
+Forward passes only: no gradient crosses the model and no label loss is used. Several draws of demonstrations for a query enter
+through their mean, which is all that least squares sees of them. Letters as in mimic.py; N kept tokens.
+"""
+import json
+import shutil
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from mimic import MimIC, mixing_weight
+from model import InputError, Shifts, attention, causal_mask, merge_heads, rope
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The streams, one layer at a time
+# ---------------------------------------------------------------------------------------------------------------------
+class Watch(Shifts):
+    """Keeps what a layer's attention has worked with."""
+
+    def after_attention(self, layer, q, k, out, lse):
+        self.q, self.k, self.out, self.lse = q, k, out, lse
+        return out
+
+
+def geometry(model, rows):
+    """cos, sin and mask of every decoder layer on these rows."""
+    present, text = rows.attention_mask.to(model.device), model.config.text
+    position_ids = (present.long().cumsum(-1) - 1).clamp(min=0)
+    return *rope(position_ids, text.head_dim, text.rope_theta, model.dtype), causal_mask(
+        present, present.shape[1], text.sliding_window)
+
+
+def teacher(model, layer, x, rows, demonstrations, T_q):
+    """Step 1: x_T + A_T (B,T_q,d) and log Z1 (B,H,T_q) in the last T_q columns, and the states behind the layer (B,T,d).
+
+    demonstrations (B,T) bool, True = token of a demonstration. A_T and log Z1 need the last columns only."""
+    block, (cos, sin, mask), watch = model.model["text_model"].layers[layer], geometry(model, rows), Watch()
+    above = block(layer, x, cos, sin, mask, watch, None)
+    seen = mask[:, :, -T_q:] & demonstrations[:, None, None].to(mask.device)
+    _, log_z1 = attention(watch.q[:, :, -T_q:], watch.k, watch.k[..., :1], seen)
+    return x[:, -T_q:] + block.self_attn.o_proj(merge_heads(watch.out[:, :, -T_q:])), log_z1, above
+
+
+def student(model, layer, x, rows):
+    """Step 2: x_S + A_S (B,T,d), q (B,H,T,D) and log Z2 (B,H,T)."""
+    block, watch = model.model["text_model"].layers[layer], Watch()
+    return x + block.self_attn(layer, block.input_layernorm(x), *geometry(model, rows), watch, None), watch.q, watch.lse
+
+
+def advance(model, layer, x, rows, shifts):
+    """Step 6: the states behind the layer (B,T,d)."""
+    return model.model["text_model"].layers[layer](layer, x, *geometry(model, rows), shifts, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The regression of one layer
+# ---------------------------------------------------------------------------------------------------------------------
+def start_f(q, log_z1, ridge=1e-3):
+    """Step 4, f: each head's ridge regression of log Z1 on [q; 1].  q (N,H,D), log_z1 (N,H) → weight (H,D), bias (H)."""
+    q_mean, z_mean = q.mean(0), log_z1.mean(0)
+    gram, right = torch.einsum("nhd,nhe->hde", q - q_mean, q - q_mean), torch.einsum("nhd,nh->hd", q - q_mean, log_z1 - z_mean)
+    gram.diagonal(dim1=1, dim2=2).add_(ridge * len(q))
+    weight = torch.linalg.solve(gram.double(), right.double()).to(q.dtype)
+    return weight, z_mean - (weight * q_mean).sum(-1)
+
+
+def best_v(mu, delta, w_o, gram_o, ridge=1e-6):
+    """Step 4, v: argmin_v Σ_n ‖Σ_h μ̃_nh W_o^h v_h − Δ_n‖².  mu (N,H), delta (N,d), w_o (d,H,D), gram_o = W_oᵀW_o → v (H,D).
+
+    Block (h,h') of the normal equations is (Σ_n μ̃_h μ̃_h') · W_o^hᵀ W_o^h': no matrix has both N and H·D rows and columns.
+    ridge: times the mean of their diagonal, so that unused heads get v = 0."""
+    H, D = w_o.shape[1:]
+    gram = ((mu.T @ mu)[:, None, :, None] * gram_o.view(H, D, H, D)).reshape(H * D, H * D).double()
+    gram.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-30))
+    right = torch.einsum("dhi,hd->hi", w_o, mu.T @ delta).double()
+    return torch.cholesky_solve(right.view(-1, 1), torch.linalg.cholesky(gram)).view(H, D).to(mu.dtype)
+
+
+def unexplained(mu, v, delta, w_o):
+    """Share of Δ's squares that the shift leaves: Σ_n ‖Σ_h μ̃_h W_o^h v_h − Δ‖² / Σ_n ‖Δ‖², a scalar; by its three products."""
+    u, total = torch.einsum("dhi,hi->hd", w_o, v), delta.pow(2).sum()                              # u_h = W_o^h v_h
+    return (total - 2 * ((mu.T @ delta) * u).sum() + ((mu.T @ mu) * (u @ u.T)).sum()) / total
+
+
+def refine(weight, bias, q, log_z2, delta, w_o, iterations=100, penalty=1e-3):
+    """Step 5: f that leaves the least of Δ, with the v that is best for it → weight (H,D), bias (H), v (H,D).
+
+    The error of a pair (f, best v of f) has the gradient that it has at that v held fixed (variable projection), so L-BFGS
+    walks over f alone; over the coordinates in which a head's queries are white, where its variance is a plain square.
+    penalty: on that variance (mean over heads); without it heads saturate early and stay in worse minima."""
+    q_mean, gram_o = q.mean(0), torch.einsum("dhi,dkj->hikj", w_o, w_o)
+    covariance = torch.einsum("nhd,nhe->hde", q - q_mean, q - q_mean) / len(q)
+    variances = covariance.diagonal(dim1=1, dim2=2)
+    variances.add_(1e-2 * variances.mean(-1, keepdim=True))                # directions that queries hardly take stay quiet
+    lower = torch.linalg.cholesky(covariance)                                                               # (H,D,D)
+    q_white = torch.linalg.solve_triangular(lower, (q - q_mean).permute(1, 2, 0), upper=False)              # (H,D,N)
+    a = torch.einsum("hde,hd->he", lower, weight).requires_grad_()
+    b = (bias + (weight * q_mean).sum(-1)).requires_grad_()
+
+    def mu():
+        return mixing_weight((torch.einsum("hdn,hd->hn", q_white, a) + b[:, None]).T, log_z2)
+
+    def closure():
+        optimiser.zero_grad()
+        with torch.enable_grad():
+            now = mu()
+            error = unexplained(now, best_v(now.detach(), delta, w_o, gram_o), delta, w_o)
+            (error + penalty * a.pow(2).sum(-1).mean()).backward()
+        return error.detach() + penalty * a.detach().pow(2).sum(-1).mean()
+
+    optimiser = torch.optim.LBFGS([a, b], max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
+    optimiser.step(closure)
+    with torch.no_grad():
+        weight = torch.linalg.solve_triangular(lower.mT, a.unsqueeze(-1), upper=True).squeeze(-1)
+        return weight, b - (weight * q_mean).sum(-1), best_v(mu(), delta, w_o, gram_o)
+
+
+def fit_layer(mimic, layer, q, log_z1, log_z2, delta, w_o):
+    """Steps 4 and 5: sets the layer's f and v → the shares of Δ explained at the start and in the end.
+
+    q (N,H,D), log_z1 and log_z2 (N,H), delta (N,d), w_o (d,H,D), all in one dtype, fp32 or fp64."""
+    gram_o = torch.einsum("dhi,dkj->hikj", w_o, w_o)
+    if mimic.mu_of == "one":                                     # the control: μ̃ = 1, the vector alone
+        weight, bias, mu = torch.zeros_like(q[0]), torch.zeros_like(q[0, :, 0]), torch.ones_like(log_z2)
+    else:
+        weight, bias = start_f(q, log_z1)
+        mu = mixing_weight(torch.einsum("nhd,hd->nh", q, weight) + bias, log_z2)
+    v = best_v(mu, delta, w_o, gram_o)
+    start = end = 1 - unexplained(mu, v, delta, w_o)
+    if mimic.mu_of == "head":
+        refined = refine(weight, bias, q, log_z2, delta, w_o)
+        mu = mixing_weight(torch.einsum("nhd,hd->nh", q, refined[0]) + refined[1], log_z2)
+        if (share := 1 - unexplained(mu, refined[2], delta, w_o)) > start:
+            (weight, bias, v), end = refined, share
+    for parameter, value in zip((mimic.f_weight, mimic.f_bias, mimic.vector), (weight, bias, v), strict=True):
+        parameter.data[layer] = value
+    return start.item(), end.item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All layers
+# ---------------------------------------------------------------------------------------------------------------------
+class States:
+    """The states of every chunk: in the machine's memory, or, given a folder, as bf16 files there."""
+
+    def __init__(self, folder):
+        self.folder, self.kept = folder, {}
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+    def put(self, key, x):
+        if self.folder is None:
+            self.kept[key] = x.cpu()
+        else:
+            save_file({"x": x.to(torch.bfloat16).cpu().contiguous()}, self.folder / f"{key}.safetensors")
+
+    def get(self, key, like):
+        x = self.kept[key] if self.folder is None else load_file(self.folder / f"{key}.safetensors")["x"]
+        return x.to(like.device, like.dtype)
+
+
+@torch.no_grad()
+def fit(model, mimic, chunks, embed, image_ids, folder, memory_gb=4.0, tokens="all"):
+    """Fits every layer of `mimic` (already on the model's device) → the shares of Δ that each layer explains.
+
+    chunks: a list of lists of Batch, the same queries with another draw of demonstrations each, as data.collate makes them;
+    embed(rows) → embeddings (B,T,d), images in place. tokens: kept ones, "all" of query and answer, "text" (all but image
+    tokens) or "answer". memory_gb: beyond it the states live in folder/states as bf16. After each layer the adapter is
+    written to folder/fit.safetensors; a fit that finds one there goes on behind its last layer."""
+    if mimic.z2 != "masked" or mimic.mu_of == "layer":
+        raise InputError("--fit layerwise: expected --z2 masked and --mu head or one, found others")
+    text, path = model.config.text, folder / "fit.safetensors"
+    L, H, D, d = text.num_hidden_layers, text.num_attention_heads, text.head_dim, text.hidden_size
+    kept, demonstrations = [], []
+    for draws in chunks:
+        batch, T_q = draws[0], draws[0].align.shape[1]
+        ids = batch.student.input_ids[:, -T_q:]
+        kept.append({"all": batch.align, "text": batch.align & ~torch.isin(ids, torch.tensor(image_ids)),
+                     "answer": batch.answer[:, -T_q:]}[tokens])
+        demonstrations.append([is_demonstration(b) for b in draws])
+    n_kept = sum(int(k.sum()) for k in kept)
+    row_bytes = d * torch.finfo(model.dtype).bits // 8
+    states_gb = row_bytes * sum(b.teacher.input_ids.numel() + draws[0].student.input_ids.numel() / len(draws)
+                                for draws in chunks for b in draws) / 1e9
+    layer_gb = 4 * n_kept * (2 * H * D + d + 3 * H) / 1e9
+    if layer_gb > memory_gb:
+        raise InputError(f"--memory-gb: expected at least {layer_gb:.1f} for {n_kept:,} tokens of one layer, found {memory_gb}")
+    states = States(folder / "states" if states_gb + layer_gb > memory_gb else None)
+    done, shares = 0, []
+    if path.exists():
+        older = MimIC.load(path)
+        with safe_open(path, "pt") as file:
+            shares = json.loads(file.metadata()["shares"])
+        mimic.load_state_dict(older.state_dict())
+        done = len(shares)
+
+    for c, draws in enumerate(chunks):
+        states.put(f"student-{c}", embed(draws[0].student))
+        for n, batch in enumerate(draws):
+            states.put(f"teacher-{c}-{n}", embed(batch.teacher))
+    with tqdm(total=L * len(chunks), desc="fit", unit="chunk") as bar:
+        for layer in range(L):
+            w_o = model.model["text_model"].layers[layer].self_attn.o_proj.weight
+            q, log_z1, log_z2, delta = (torch.empty(n_kept, *shape, dtype=mimic.vector.dtype, device=model.device)
+                                        for shape in ((H, D), (H,), (H,), (d,)))
+            at = 0
+            for c, draws in enumerate(chunks):
+                T_q, keep = kept[c].shape[1], kept[c].to(model.device)
+                h_T = z1 = 0.0
+                for n, batch in enumerate(draws):                            # 1. teacher: the mean over its draws
+                    h, z, above = teacher(model, layer, states.get(f"teacher-{c}-{n}", w_o), batch.teacher, demonstrations[c][n],
+                                          T_q)
+                    states.put(f"teacher-{c}-{n}", above)
+                    h_T, z1 = h_T + h.to(delta.dtype) / len(draws), z1 + z / len(draws)
+                if layer >= done:
+                    h_S, queries, z2 = student(model, layer, states.get(f"student-{c}", w_o), draws[0].student)   # 2. student
+                    here = slice(at, at := at + int(keep.sum()))
+                    delta[here] = (h_T - h_S[:, -T_q:])[keep]                                                     # 3. target
+                    for whole, x in (q, queries), (log_z1, z1), (log_z2, z2):
+                        whole[here] = x[:, :, -T_q:].transpose(1, 2)[keep].to(whole.dtype)
+                bar.update()
+            if layer >= done:                                                # 4. start and 5. refine
+                shares.append(fit_layer(mimic, layer, q, log_z1, log_z2, delta, w_o.to(q.dtype).view(d, H, D))[1])
+                mimic.save(path, shares=json.dumps(shares))
+                bar.set_postfix(explained=" ".join(f"{x:.2f}" for x in shares[-6:]))
+            for c, draws in enumerate(chunks):                               # 6. advance
+                states.put(f"student-{c}", advance(model, layer, states.get(f"student-{c}", w_o), draws[0].student, mimic))
+    shutil.rmtree(folder / "states", ignore_errors=True)
+    return shares
+
+
+def is_demonstration(batch):
+    """(B,T) bool over the teacher's columns: True between what both prompts begin with (<s>, instruction) and the query."""
+    T, T_q = batch.teacher.input_ids.shape[1], batch.align.shape[1]
+    n_query = batch.align.sum(1)
+    n_common = batch.student.attention_mask.sum(1) - n_query
+    start = T - batch.teacher.attention_mask.sum(1) + n_common
+    column = torch.arange(T)
+    return (start[:, None] <= column) & (column < (T - n_query)[:, None])
