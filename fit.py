@@ -201,7 +201,7 @@ def fit(model, mimic, chunks, embed, image_ids, folder, memory_gb=4.0, tokens="a
     row_bytes = d * torch.finfo(model.dtype).bits // 8
     states_gb = row_bytes * sum(b.teacher.input_ids.numel() + draws[0].student.input_ids.numel() / len(draws)
                                 for draws in chunks for b in draws) / 1e9
-    layer_gb = 4 * n_kept * (2 * H * D + d + 3 * H) / 1e9
+    layer_gb = 4 * n_kept * (4 * H * D + 2 * d) / 1e9                       # q, q white, two copies on the way; Δ, Δ on the way
     if layer_gb > memory_gb:
         raise InputError(f"--memory-gb: expected at least {layer_gb:.1f} for {n_kept:,} tokens of one layer, found {memory_gb}")
     states = States(folder / "states" if states_gb + layer_gb > memory_gb else None)
@@ -227,8 +227,8 @@ def fit(model, mimic, chunks, embed, image_ids, folder, memory_gb=4.0, tokens="a
                 T_q, keep = kept[c].shape[1], kept[c].to(model.device)
                 h_T = z1 = 0.0
                 for n, batch in enumerate(draws):                            # 1. teacher: the mean over its draws
-                    h, z, above = teacher(model, layer, states.get(f"teacher-{c}-{n}", w_o), batch.teacher, demonstrations[c][n],
-                                          T_q)
+                    h, z, above = teacher(
+                        model, layer, states.get(f"teacher-{c}-{n}", w_o), batch.teacher, demonstrations[c][n], T_q)
                     states.put(f"teacher-{c}-{n}", above)
                     h_T, z1 = h_T + h.to(delta.dtype) / len(draws), z1 + z / len(draws)
                 if layer >= done:
@@ -250,9 +250,7 @@ def fit(model, mimic, chunks, embed, image_ids, folder, memory_gb=4.0, tokens="a
 
 def is_demonstration(batch):
     """(B,T) bool over the teacher's columns: True between what both prompts begin with (<s>, instruction) and the query."""
-    T, T_q = batch.teacher.input_ids.shape[1], batch.align.shape[1]
-    n_query = batch.align.sum(1)
+    T, n_query = batch.teacher.input_ids.shape[1], batch.align.sum(1)
     n_common = batch.student.attention_mask.sum(1) - n_query
-    start = T - batch.teacher.attention_mask.sum(1) + n_common
-    column = torch.arange(T)
+    start, column = T - batch.teacher.attention_mask.sum(1) + n_common, torch.arange(T)
     return (start[:, None] <= column) & (column < (T - n_query)[:, None])

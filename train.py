@@ -95,7 +95,7 @@ def parse(argv):
     optimisation.add_argument("--weight-decay", type=float, default=1e-3, help="of AdamW (default %(default)s)")
     optimisation.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default %(default)s)")
     run.add_argument("--memory-gb", type=float, default=4.0, metavar="GB",
-                     help="states and tokens that the layer-wise fit keeps in memory; more states go to disk (default %(default)s)")
+                     help="for the states and tokens of a layer-wise fit; states beyond it go to disk (default %(default)s)")
     run.add_argument("--compare", type=int, nargs="*", default=None, metavar="K",
                      help="evaluate in-context learning too, with these shots, 0 = zero-shot (toys: 0 1 2 4 8, else none)")
     args = parser.parse_args(argv)
@@ -255,8 +255,8 @@ def start_run(args):
                                 text=True).stdout.strip()
     except OSError:
         commit = ""
-    machine = {"commit": commit, "torch": torch.__version__, "python": platform.python_version(), "started": time.strftime("%F %T")}
-    write_atomically(folder / "args.json", json.dumps({**mine, **machine}, indent=1) + "\n")
+    versions = {"commit": commit, "torch": torch.__version__, "python": platform.python_version()}
+    write_atomically(folder / "args.json", json.dumps({**mine, **versions, "started": time.strftime("%F %T")}, indent=1) + "\n")
     return folder
 
 

@@ -57,3 +57,11 @@ def tiny_folder(tmp_path_factory, shared):
     folder = save_model(tmp_path_factory.mktemp("models") / "tiny-idefics2", TINY_CONFIG)
     shutil.copy(shared / "data/tokenizer/tokenizer.json", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """Three random layers in float64, vocabulary 100."""
+    config = json.loads(json.dumps(TINY_CONFIG))
+    config["image_token_id"], config["text_config"]["vocab_size"] = 99, 100
+    return Idefics2.from_pretrained(save_model(tmp_path_factory.mktemp("model"), config), torch.float64)

@@ -5,20 +5,11 @@ import math
 
 import pytest
 import torch
-from conftest import TINY_CONFIG, save_model
 
 from mimic import MimIC, Recorder, icl_attention, mixing_weight
-from model import Config, Idefics2, InputError, Shifts, attention, causal_mask
+from model import Config, InputError, Shifts, attention, causal_mask
 
 EXACT = {"rtol": 0, "atol": 1e-12}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Three random layers in float64, vocabulary 100."""
-    config = json.loads(json.dumps(TINY_CONFIG))
-    config["image_token_id"], config["text_config"]["vocab_size"] = 99, 100
-    return Idefics2.from_pretrained(save_model(tmp_path_factory.mktemp("model"), config), torch.float64)
 
 
 def random_mimic(model, **options):

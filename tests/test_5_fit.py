@@ -1,0 +1,196 @@
+"""Step 5. The identity says what each head must add, so f and v can be fitted layer by layer, without backpropagation."""
+
+
+import numpy as np
+import pytest
+import torch
+
+import fit
+from data import Batch, Rows
+from mimic import MimIC, Recorder, mixing_weight
+from model import InputError, Shifts
+
+EXACT = {"rtol": 0, "atol": 1e-10}
+
+
+def planted(N=400, H=3, D=4, d=10, seed=0):
+    """A layer whose Δ is Σ_h μ̃_h W_o^h v_h exactly: q, log Z1 (noisy), log Z2, Δ, W_o, and the weight, bias and v behind it."""
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    q, log_z2, w_o, weight, bias, v = rand(N, H, D), rand(N, H), rand(d, H, D), rand(H, D), rand(H), rand(H, D)
+    f = torch.einsum("nhd,hd->nh", q, weight) + bias
+    delta = torch.einsum("nh,dhi,hi->nd", mixing_weight(f, log_z2), w_o, v)
+    return q, f + 0.5 * rand(N, H), log_z2, delta, w_o, (weight, bias, v)
+
+
+def batch(n_demonstrations=6, n_query=5, seed=0):
+    """Two prompts without images: <s>, demonstrations (one token fewer in the second row), query; and the query alone."""
+    ids = torch.randint(3, 98, (2, 1 + n_demonstrations + n_query), generator=torch.Generator().manual_seed(seed))
+    present = torch.ones_like(ids, dtype=torch.bool)
+    ids[:, 0], ids[1, 0], ids[1, 1], present[1, 0] = 1, 0, 1, False
+    s_ids = torch.cat([torch.ones(2, 1, dtype=torch.long), ids[:, -n_query:]], 1)
+    whole = torch.ones_like(s_ids, dtype=torch.bool)
+    answer = whole.clone()
+    answer[:, :-2] = False
+    return Batch(Rows(ids, present, []), Rows(s_ids, whole, []), whole[:, 1:], answer, whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The streams are the model's own
+# ---------------------------------------------------------------------------------------------------------------------
+def test_teacher_and_student_walk_through_the_models_own_states(model):
+    b, mimic = batch(), MimIC(3, 4, 16).double()
+    torch.nn.init.normal_(mimic.vector)
+    whole, shifted = Recorder(), Recorder(mimic)
+    model(b.teacher.input_ids, b.teacher.attention_mask, shifts=whole)
+    model(b.student.input_ids, b.student.attention_mask, shifts=shifted)
+    x, s = model.embed(b.teacher.input_ids, None), model.embed(b.student.input_ids, None)
+    for layer in range(3):
+        behind_attention, _, x = fit.teacher(model, layer, x, b.teacher, fit.is_demonstration(b), 5)
+        torch.testing.assert_close(x, whole.layer[layer], **EXACT)
+        torch.testing.assert_close(behind_attention, (whole.layer[layer] - whole.ffn[layer])[:, -5:], **EXACT)
+        s = fit.advance(model, layer, s, b.student, mimic)
+        torch.testing.assert_close(s, shifted.layer[layer], **EXACT)
+
+
+def test_log_z1_counts_the_demonstrations_keys_and_no_others(model):
+    b = batch()
+    seen = {}
+
+    class Keep(Shifts):
+        def after_attention(self, layer, q, k, out, lse):
+            seen[layer] = q, k
+            return out
+    model(b.teacher.input_ids, b.teacher.attention_mask, shifts=Keep())
+    _, log_z1, _ = fit.teacher(model, 0, model.embed(b.teacher.input_ids, None), b.teacher, fit.is_demonstration(b), 5)
+    q, k = seen[0]
+    for row, first in (0, 1), (1, 2):                      # behind the padding and <s>; the query takes the last 5 columns
+        for h in range(4):
+            for t in range(5):
+                scores = [float(q[row, h, 7 + t] @ k[row, h // 2, s]) / 4 for s in range(first, 7)]
+                assert log_z1[row, h, t].item() == pytest.approx(np.log(np.exp(scores).sum()), abs=1e-10)
+
+
+def test_the_target_is_what_makes_the_students_stream_the_teachers(model):
+    b = batch()
+    x, s = model.embed(b.teacher.input_ids, None), model.embed(b.student.input_ids, None)
+    h_T, _, above = fit.teacher(model, 0, x, b.teacher, fit.is_demonstration(b), 5)
+    h_S, _, _ = fit.student(model, 0, s, b.student)
+    block, moved = model.model["text_model"].layers[0], h_S[:, -5:] + (h_T - h_S[:, -5:])
+    torch.testing.assert_close(moved + block.mlp(block.post_attention_layernorm(moved)), above[:, -5:], **EXACT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One layer's regression
+# ---------------------------------------------------------------------------------------------------------------------
+def test_f_starts_as_the_ridge_regression_of_log_z1_on_q_and_1():
+    q, log_z1, *_ = planted()
+    weight, bias = fit.start_f(q, log_z1, ridge=0.3)
+    for h in range(3):                                     # numpy: the same ridge as 4 more rows, on centred columns
+        X, z = q[:, h].numpy(), log_z1[:, h].numpy()
+        rows = np.vstack([X - X.mean(0), np.sqrt(0.3 * len(X)) * np.eye(4)])
+        expected = np.linalg.lstsq(rows, np.concatenate([z - z.mean(), np.zeros(4)]), rcond=None)[0]
+        np.testing.assert_allclose(weight[h].numpy(), expected, atol=1e-10)
+        assert bias[h].item() == pytest.approx(z.mean() - X.mean(0) @ expected, abs=1e-10)
+
+
+def test_v_is_the_least_squares_solution_over_all_heads_at_once():
+    q, _, log_z2, delta, w_o, (weight, bias, _) = planted()
+    delta = delta + torch.randn(delta.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mu = mixing_weight(torch.einsum("nhd,hd->nh", q, weight) + bias, log_z2)
+    v = fit.best_v(mu, delta, w_o, torch.einsum("dhi,dkj->hikj", w_o, w_o), ridge=0)
+    design = np.einsum("nh,dhi->ndhi", mu.numpy(), w_o.numpy()).reshape(-1, 12)            # (N·d, H·D), never made in fit.py
+    expected = np.linalg.lstsq(design, delta.numpy().reshape(-1), rcond=None)[0]
+    np.testing.assert_allclose(v.numpy().reshape(-1), expected, atol=1e-8)
+    left = ((design @ expected - delta.numpy().reshape(-1)) ** 2).sum() / (delta.numpy() ** 2).sum()
+    assert fit.unexplained(mu, v, delta, w_o).item() == pytest.approx(left, abs=1e-10)
+
+
+def test_planted_f_and_v_are_found_again_when_the_model_is_exact():
+    q, log_z1, log_z2, delta, w_o, (weight, bias, v) = planted()
+    got = fit.refine(*fit.start_f(q, log_z1), q, log_z2, delta, w_o, iterations=500, penalty=0)
+    for found, true in zip(got, (weight, bias, v), strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_refining_never_explains_less_than_the_start(seed):
+    q, log_z1, log_z2, _, w_o, _ = planted(N=60, seed=seed)
+    delta = torch.randn(60, 10, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    start, end = fit.fit_layer(MimIC(1, 3, 4).double(), 0, q, log_z1, log_z2, delta, w_o)
+    assert 0 <= start <= end <= 1
+
+
+def test_least_squares_sees_several_draws_only_through_their_mean():
+    q, log_z1, log_z2, delta, w_o, (weight, bias, _) = planted()
+    mu, gram_o = mixing_weight(log_z1, log_z2), torch.einsum("dhi,dkj->hikj", w_o, w_o)
+    noise = torch.randn(delta.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    stacked = fit.best_v(mu.repeat(2, 1), torch.cat([delta + noise, delta - noise]), w_o, gram_o)
+    torch.testing.assert_close(stacked, fit.best_v(mu, delta, w_o, gram_o), **EXACT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole fit
+# ---------------------------------------------------------------------------------------------------------------------
+def run_fit(model, folder, **options):
+    folder.mkdir(exist_ok=True)
+    mimic = MimIC(3, 4, 16, mu_of=options.pop("mu_of", "head"))
+    chunks = [[batch(seed=2 * c + n) for n in range(2)] for c in range(4)]
+    for draws in chunks:                                   # other demonstrations, the same queries
+        draws[1].student.input_ids[:] = draws[0].student.input_ids
+        draws[1].teacher.input_ids[:, -5:] = draws[0].teacher.input_ids[:, -5:]
+    shares = fit.fit(model, mimic, chunks, lambda rows: model.embed(rows.input_ids, None), [98, 99], folder, **options)
+    return mimic, shares
+
+
+def test_every_layer_explains_a_share_and_a_constant_shift_a_smaller_one(model, tmp_path):
+    _, shares = run_fit(model, tmp_path / "head")
+    _, constant = run_fit(model, tmp_path / "one", mu_of="one")
+    assert len(shares) == 3 and all(0 < c < s < 1 for c, s in zip(constant[:1], shares[:1], strict=True))
+
+
+def test_the_same_seed_gives_the_same_bytes_and_a_fit_goes_on_behind_its_last_layer(model, tmp_path, monkeypatch):
+    whole, _ = run_fit(model, tmp_path / "whole")
+    again, _ = run_fit(model, tmp_path / "again")
+    real = fit.fit_layer
+
+    def stops(mimic, layer, *args):
+        if layer == 2:
+            raise KeyboardInterrupt
+        return real(mimic, layer, *args)
+    monkeypatch.setattr(fit, "fit_layer", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run_fit(model, tmp_path / "cut")
+    monkeypatch.setattr(fit, "fit_layer", real)
+    resumed, shares = run_fit(model, tmp_path / "cut")
+    assert len(shares) == 3
+    for a, b, c in zip(whole.parameters(), again.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_states_beyond_the_memory_lie_on_disk_as_bf16_and_the_fit_is_nearly_the_same(model, tmp_path):
+    kept, shares = run_fit(model, tmp_path / "memory")
+    spilled, others = run_fit(model, tmp_path / "disk", memory_gb=1e-4)
+    assert others == pytest.approx(shares, abs=0.02) and not torch.equal(kept.vector, spilled.vector)
+    assert not (tmp_path / "disk" / "states").exists()
+    with pytest.raises(InputError, match="--memory-gb: expected at least"):
+        run_fit(model, tmp_path / "none", memory_gb=1e-6)
+
+
+def test_image_tokens_may_be_kept_or_left_out(model, tmp_path, monkeypatch):
+    counted = []
+    real = fit.fit_layer
+    monkeypatch.setattr(fit, "fit_layer", lambda m, layer, q, *rest: (counted.append(len(q)), real(m, layer, q, *rest))[1])
+    for tokens in "all", "text", "answer":
+        monkeypatch.setattr(torch, "isin", lambda ids, which: ids == ids[0, 1])            # one token is "of an image"
+        run_fit(model, tmp_path / tokens, tokens=tokens)
+    every, text, answer = counted[0], counted[3], counted[6]
+    assert answer < text < every == 4 * 2 * 5
+
+
+def test_demonstrations_begin_behind_what_both_prompts_share_and_end_before_the_query(model):
+    b, column = batch(), torch.arange(12)
+    assert torch.equal(fit.is_demonstration(b), torch.stack([(1 <= column) & (column < 7), (2 <= column) & (column < 7)]))
