@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from mimic import MimIC, mixing_weight
-from model import InputError, Shifts, attention, causal_mask, merge_heads, rope
+from model import InputError, KVCache, Shifts, attention, causal_mask, merge_heads, rope
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,12 +51,17 @@ def geometry(model, rows):
 def teacher(model, layer, x, rows, demonstrations, T_q):
     """Step 1: x_T + A_T (B,T_q,d) and log Z1 (B,H,T_q) in the last T_q columns, and the states behind the layer (B,T,d).
 
-    demonstrations (B,T) bool, True = token of a demonstration. A_T and log Z1 need the last columns only."""
+    demonstrations (B,T) bool, True = token of a demonstration. Only the last columns need log Z1 and A_T, so all before them
+    go first, through the fused attention, and leave their keys in a cache."""
     block, (cos, sin, mask), watch = model.model["text_model"].layers[layer], geometry(model, rows), Watch()
-    above = block(layer, x, cos, sin, mask, watch, None)
-    seen = mask[:, :, -T_q:] & demonstrations[:, None, None].to(mask.device)
-    _, log_z1 = attention(watch.q[:, :, -T_q:], watch.k, watch.k[..., :1], seen)
-    return x[:, -T_q:] + block.self_attn.o_proj(merge_heads(watch.out[:, :, -T_q:])), log_z1, above
+    T, cache = x.shape[1], KVCache(layer + 1, x.shape[1])
+    before, last = slice(0, T - T_q), slice(T - T_q, T)
+    above = block(layer, x[:, before], cos[:, :, before], sin[:, :, before], mask[:, :, before, before], Shifts(), cache)
+    cache.length = T - T_q
+    above = torch.cat([above, block(layer, x[:, last], cos[:, :, last], sin[:, :, last], mask[:, :, last], watch, cache)], 1)
+    seen = mask[:, :, last] & demonstrations[:, None, None].to(mask.device)
+    _, log_z1 = attention(watch.q, watch.k, watch.k[..., :1], seen)
+    return x[:, last] + block.self_attn.o_proj(merge_heads(watch.out)), log_z1, above
 
 
 def student(model, layer, x, rows):
