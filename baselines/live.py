@@ -22,6 +22,13 @@ class LIVE(nn.Module, Shifts):
         self.vector = nn.Parameter(0.01 * torch.randn(n_layers, hidden_size))
         self.alpha = nn.Parameter(torch.full((n_layers,), 0.1))
 
+    @classmethod
+    def for_model(cls, model):
+        return cls(model.config.text.num_hidden_layers, model.config.text.hidden_size).to(model.device)
+
+    def like(self, model):
+        return self.for_model(model)
+
     def after_ffn(self, layer, ffn_out):
         """The norm of h stays, its direction moves.  (B,T,d) → (B,T,d)."""
         h = ffn_out.to(self.vector.dtype)
