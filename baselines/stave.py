@@ -53,8 +53,8 @@ class STAVE(nn.Module, Shifts):
         if input_ids.shape[1] == 1:                                                       # a generated token
             return x
         for w, covered in zip(self.W, self.columns(input_ids, prompt), strict=True):
-            share = covered / covered.sum(1, keepdim=True).clamp(min=1).sqrt()            # (B,T): 1/√n or 0
-            x = x + (share.unsqueeze(-1).to(w.dtype) * w).to(x.dtype)
+            n = covered.sum(1, keepdim=True).clamp(min=1).to(w.dtype)
+            x = x + ((covered / n.sqrt()).unsqueeze(-1) * w).to(x.dtype)
         return x
 
     def groups(self, lr):
