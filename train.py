@@ -53,7 +53,7 @@ from mimic import Recorder, align_loss
 from model import InputError, read_json
 
 COMPARE = [0, 1, 2, 4, 8]         # shots of in-context learning that a toy run shows beside MimIC
-DEFAULTS = {                      # highest rate, the same on the toys, weights of L_align and of the LM loss, demonstrations
+DEFAULTS = {                      # highest rate; that on the toys; weights of L_align and of the LM loss; demonstrations
     "mimic":         (5e-3, 2e-2, 1.0, 0.5, 8),
     "live":          (5e-3, 2e-2, 1.0, 0.5, 8),           # L_align: KL
     "lora":          (5e-4, 5e-3, 0.0, 1.0, 8),           # the LM loss alone: no teacher, so no demonstrations either
@@ -182,9 +182,8 @@ def losses(model, shifts, batch, features, args, processor=None):
     if not sees_alike(model, changed):
         rows = batch.teacher if args.ce_prompts == "both" else batch.student
         features = encode_images(changed, processor, rows.samples, {})
-    query, behind = prompt_columns(batch)
-    if isinstance(shifts, STAVE):
-        shifts.prompt = query
+    if isinstance(shifts, STAVE):                            # it asks which columns are the prompt, pass by pass
+        shifts.prompt, behind = prompt_columns(batch)
     out = states(changed, batch.student, features, student)
 
     # 3. L_align over the common columns; L_gt over the answer, logits made only where they are read.
