@@ -3,6 +3,7 @@
     h ← (h + α·v) · ‖h‖ / ‖h + α·v‖        h: the FFN's output of a layer, v (d) and α (scalar) learnt for that layer
 
 Trained to give the answer's tokens the probabilities that the model with demonstrations gives them (KL) plus the LM loss.
+The official code's KL begins one distribution late, so that it never sees the answer's first token (train.py --kl-late).
 Source: LIVE's code as MimIC's authors run it, on the FFN's output of both Idefics models; that code's settings: v ~ N(0, 0.01²),
 α = 0.1, the scale's learning rate twice the vector's.
 """

@@ -116,7 +116,7 @@ class LoRA(nn.Module, Shifts):
             if not names or len(tensors) != 2 * len(names) or any(A[n][0] != rank or B[n][1] != rank for n in names):
                 raise ValueError
             lora = cls(shapes, rank, alpha, dropout, targets=about["targets"], scope=about["scope"])
-        except (KeyError, ValueError, IndexError):
+        except (KeyError, ValueError, IndexError, ZeroDivisionError):
             raise InputError(f"{path}: expected a LoRA adapter with A.name (r,d_in), B.name (d_out,r) and its rank, found "
                              f"{len(tensors)} tensors such as {', '.join(sorted(tensors)[:3])}") from None
         lora.load_state_dict(tensors)

@@ -59,7 +59,7 @@ class PromptTuning(nn.Module, Shifts):
     def load(cls, path):
         tensors, about = read_adapter(path, "prompt-tuning")
         shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-        if shapes.keys() != {"vector"} or len(shapes["vector"]) != 2 or not about.get("pad_id", "").isdigit():
+        if shapes.keys() != {"vector"} or len(shapes["vector"]) != 2 or not about.get("pad_id", "").isdecimal():
             raise InputError(f"{path}: expected a prompt-tuning adapter with vector (n,d) and its pad_id, found {shapes}")
         tuning = cls(*shapes["vector"], int(about["pad_id"]))
         tuning.load_state_dict(tensors)

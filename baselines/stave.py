@@ -70,7 +70,7 @@ class STAVE(nn.Module, Shifts):
         tensors, about = read_adapter(path, "STAVE")
         shapes, numbers = {name: tuple(x.shape) for name, x in tensors.items()}, [about.get(k, "") for k in ("n_cue", "pad_id")]
         d = (shapes.get("W", ()) + (0, 0))[1]
-        if shapes != {"W": (2, d)} or not all(map(str.isdigit, numbers)):
+        if shapes != {"W": (2, d)} or not all(map(str.isdecimal, numbers)):
             raise InputError(f"{path}: expected a STAVE adapter with W (2,d), n_cue and pad_id, found {shapes}")
         stave = cls(d, *map(int, numbers))
         stave.load_state_dict(tensors)
