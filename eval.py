@@ -20,13 +20,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from baselines.hificl import HiFICL
 from baselines.live import LIVE
+from baselines.lora import LoRA
+from baselines.prompt_tuning import PromptTuning
+from baselines.stave import STAVE
 from data import DATASETS, OFFICIAL_TEMPLATES, TEMPLATES, Processor, load, pick_icds, prompts, stemmer, train_dev
 from metrics import cider, vqa_accuracy
 from mimic import MimIC
-from model import Idefics2, InputError, read_json
+from model import Idefics2, InputError, Shifts, read_json
 
-ADAPTERS = {"mimic": MimIC, "live": LIVE}        # trained by train.py; a run's file is <method>.safetensors
+ADAPTERS = {"mimic": MimIC, "live": LIVE, "lora": LoRA, "hificl": HiFICL, "stave": STAVE,
+            "prompt-tuning": PromptTuning}       # trained by train.py; a run's file is <method>.safetensors
 PIXELS_AT_ONCE = 2_000_000        # pixels the vision tower encodes together: six COCO pictures, or a thousand toy ones
 
 
@@ -42,9 +47,8 @@ def load_model(folder, device, dtype):
     return model, processor
 
 
-@torch.no_grad()
 def encode_images(model, processor, samples, features, progress=None):
-    """Fills `features` (image id → (n_latents,d), on the model's device) with what it lacks, each distinct image once.
+    """Fills `features` (image id → (n_latents,d), on the model's device) with what it lacks, each distinct image once → features.
 
     Pictures of one size go together, so that nothing is padded. progress: title of a progress bar, or None."""
     missing = {s.image_id: s for s in samples if s.image_id not in features}
@@ -60,6 +64,12 @@ def encode_images(model, processor, samples, features, progress=None):
                 encoded = model.encode_images(values.to(model.device), mask.to(model.device))
                 features.update(zip((s.image_id for s in chunk), encoded, strict=True))
                 bar.update(len(chunk))
+    return features
+
+
+def sees_alike(model, other):
+    """Whether the features of one are the features of the other: they have the same vision tower and connector."""
+    return all(model.model[part] is other.model[part] for part in ("vision_model", "connector"))
 
 
 def gather(features, samples):
@@ -85,8 +95,10 @@ def answer(model, processor, dataset, queries, pool=(), shots=0, shifts=None, se
     features: image features to use and add to (those of the pool stay in it). ms_per_query is prefill and decoding, images
     already encoded, in milliseconds; prompt_tokens the mean number of tokens of a prompt, image tokens included."""
     task = DATASETS[dataset]
-    template = template or TEMPLATES[task.task]
-    features = {} if features is None else features
+    shifts = shifts if shifts is not None else Shifts()
+    template = shifts.template(template or TEMPLATES[task.task])
+    base, model = model, shifts.student(model)
+    features = features if features is not None and sees_alike(base, model) else {}
     answers, tokens, seconds = [""] * len(queries), 0, 0.0
     with tqdm(total=len(queries), desc=progress, unit="query", disable=not progress) as bar:
         for block in range(0, len(queries), 512):                # images of 512 queries are in memory at a time
@@ -187,10 +199,10 @@ def evaluate(folder, model, processor, dataset, split, samples, method, shots=0,
 
 def table(rows):
     """Rows as text, a line each."""
-    lines = [f"{'method':<12}{'shots':>6}{'split':>7}{'score':>8}{'n':>7}{'parameters':>12}{'prompt tokens':>15}{'ms/query':>10}"]
+    lines = [f"{'method':<16}{'shots':>6}{'split':>7}{'score':>8}{'n':>7}{'parameters':>12}{'prompt tokens':>15}{'ms/query':>10}"]
     for r in rows:
         shown = "–" if r["score"] is None else f"{r['score']:.2f}"
-        lines.append(f"{r['method']:<12}{r['shots']:>6}{r['split']:>7}{shown:>8}{r['n']:>7}{r['parameters']:>12,}"
+        lines.append(f"{r['method']:<16}{r['shots']:>6}{r['split']:>7}{shown:>8}{r['n']:>7}{r['parameters']:>12,}"
                      f"{r['prompt_tokens']:>15}{r['ms_per_query']:>10.2f}")
     metric = {"vqa_accuracy": "VQA accuracy", "cider": "CIDEr-D x 100"}[rows[0]["metric"]]
     return f"{rows[0]['dataset']}: {metric}\n" + "\n".join(lines)
@@ -231,7 +243,7 @@ def add_common_arguments(parser):
 def resolve(args):
     """Fills in what depends on the machine. Raises InputError for a number or a device that cannot be."""
     for name, least in {"samples": 1, "dev_samples": 0, "limit": 1, "shots": 0, "epochs": 1, "batch_size": 1, "accumulate": 1,
-                        "draws": 0, "eval_batch_size": 1, "num_beams": 1}.items():
+                        "draws": 0, "eval_batch_size": 1, "num_beams": 1, "rank": 1}.items():
         value = getattr(args, name, None)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, found {value}")
@@ -282,7 +294,7 @@ def main(argv=None):
     if args.run:
         method, shots = saved["method"], 0
         adapter = ADAPTERS[method].load(Path(args.run) / f"{method}.safetensors").to(args.device)
-        check_fits(adapter, new_adapter(method, model), args.run)
+        check_fits(adapter, model, args.run)
         options |= {"shifts": adapter, "parameters": count(adapter)}
         old = Path(args.run) / "results.json"
         trained = [r["train_seconds"] for r in (read_json(old) if old.exists() else []) if r["method"] == method]
@@ -299,22 +311,18 @@ def main(argv=None):
     return row
 
 
-def new_adapter(method, model, **options):
-    """An untrained adapter for the model, on its device."""
-    c = model.config.text
-    shape = (c.num_hidden_layers, c.hidden_size) if method == "live" else (c.num_hidden_layers, c.num_attention_heads, c.head_dim)
-    return ADAPTERS[method](*shape, **options).to(model.device)
-
-
 def count(adapter):
     """Its trained parameters."""
     return sum(p.numel() for p in adapter.parameters() if p.requires_grad)
 
 
-def check_fits(adapter, fresh, where):
-    found, expected = tuple(adapter.vector.shape), tuple(fresh.vector.shape)
-    if found != expected:
-        raise InputError(f"{where}: expected an adapter whose vectors are {expected} as for this model, found {found}")
+def check_fits(adapter, model, where):
+    """Raises InputError unless the adapter has the parameters that one for this model has."""
+    found, expected = ({name: tuple(p.shape) for name, p in a.named_parameters()} for a in (adapter, adapter.like(model)))
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise InputError(f"{where}: expected an adapter whose {name} is {expected.get(name, 'not there')} as for this model, "
+                             f"found {found.get(name, 'none')}")
 
 
 def run_command(main):

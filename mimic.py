@@ -61,6 +61,16 @@ class MimIC(nn.Module, Shifts):
         for f in self.f_weight, self.f_bias:
             f.requires_grad_(mu_of != "one")
 
+    @classmethod
+    def for_model(cls, model, **options):
+        """An untrained adapter for the model, on its device; options as above."""
+        c = model.config.text
+        return cls(c.num_hidden_layers, c.num_attention_heads, c.head_dim, **options).to(model.device)
+
+    def like(self, model):
+        """An untrained adapter with the options of this one, for that model."""
+        return self.for_model(model, z2=self.z2, mu_of=self.mu_of)
+
     def groups(self, lr):
         """Parameter groups of the optimiser."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]

@@ -181,12 +181,21 @@ class Shifts:
 
     after_embedding(input_ids (B,T), x (B,T,d)) → x       after_attention(layer, q, k, out, lse) → out   (before W_o)
     after_ffn(layer, ffn_out (B,T,d)) → ffn_out           after_layer(layer, hidden_states (B,T,d)) → hidden_states
-    q, out (B,H,T,D); k (B,Hkv,S,D), rotated, past keys included; lse (B,H,T): see `attention`. layer counts from 0."""
+    q, out (B,H,T,D); k (B,Hkv,S,D), rotated, past keys included; lse (B,H,T): see `attention`. layer counts from 0.
+
+    Whoever runs the model with shifts asks them before: student(model) → the model that runs with them, and template(template)
+    → the prompt that it reads; those given, by default."""
 
     @property
     def reads_attention(self):
         """Whether lse has to be computed: only a subclass with an after_attention of its own can look at it."""
         return type(self).after_attention is not Shifts.after_attention
+
+    def student(self, model):
+        return model
+
+    def template(self, template):
+        return template
 
     def after_embedding(self, input_ids, x):
         return x

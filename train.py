@@ -1,8 +1,9 @@
-"""Train MimIC (or LIVE): the zero-shot model, with shifts, imitates the same model run with demonstrations.
+"""Train MimIC: the zero-shot model, with shifts, imitates the same model run with demonstrations. Or a method beside it.
 
     python train.py                                                             # the toy world: everything in three minutes
     python train.py --dataset okvqa --model FOLDER --data FOLDER                # Idefics2-8b-base on OK-VQA
     python train.py --dataset coco --shots 8 --lr 1e-3 --out runs/my-run
+    python train.py --method lora                                               # or live, hificl, stave, prompt-tuning
     python train.py --fit layerwise                                             # without backpropagation: fit.py
 
 Trains on --samples of the training split, chooses the epoch by the score on --dev-samples others, then evaluates on the
@@ -25,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from baselines.lora import PROJECTIONS
+from baselines.stave import STAVE, cue_length
 from data import DATASETS, collate, load, pick_icds, train_dev
 from eval import (
     ADAPTERS,
@@ -36,20 +39,28 @@ from eval import (
     gather,
     generation_options,
     load_model,
-    new_adapter,
     read_lines,
     resolve,
     run_command,
     score,
+    sees_alike,
     table,
     template_of,
     write_atomically,
 )
-from fit import fit
+from fit import fit, is_demonstration
 from mimic import Recorder, align_loss
 from model import InputError, read_json
 
 COMPARE = [0, 1, 2, 4, 8]         # shots of in-context learning that a toy run shows beside MimIC
+DEFAULTS = {                      # highest rate; that on the toys; weights of L_align and of the LM loss; demonstrations
+    "mimic":         (5e-3, 2e-2, 1.0, 0.5, 8),
+    "live":          (5e-3, 2e-2, 1.0, 0.5, 8),           # L_align: KL
+    "lora":          (5e-4, 5e-3, 0.0, 1.0, 8),           # the LM loss alone: no teacher, so no demonstrations either
+    "hificl":        (5e-3, 2e-2, 0.0, 1.0, 8),
+    "stave":         (3e-3, 3e-1, 0.0, 1.0, 1),           # the LM loss with and without demonstrations; its authors: 8 on COCO
+    "prompt-tuning": (1e-2, 2e-2, 0.0, 1.0, 8),
+}
 EPOCHS = (99, 15), (500, 10), (math.inf, 5)               # up to so many samples, so many epochs: as the official code
 
 
@@ -64,7 +75,8 @@ def parse(argv):
                              "true shift, forward passes only (fit.py)")
     method.add_argument("--init", choices=("random", "layerwise"), default="random",
                         help="where training starts (default %(default)s); layerwise = from what --fit layerwise finds")
-    method.add_argument("--shots", type=int, default=8, help="demonstrations the teacher reads (default %(default)s)")
+    method.add_argument("--shots", type=int, default=None,
+                        help="demonstrations the teacher reads (default 8; stave, which has no teacher but reads them: 1)")
     method.add_argument("--draws", type=int, default=0, metavar="N",
                         help="different sets of demonstrations a query meets; 0 (default) = a new one every epoch, or for the "
                              "layer-wise fit as many as make 1,000 pairs of query and set, 10 at most")
@@ -78,18 +90,31 @@ def parse(argv):
                         help="divide a layer's error by the mean square of the teacher's states (default, unless --official)")
     method.add_argument("--ce-on", choices=("answer", "sequence"), default=None,
                         help="tokens of the language-modelling loss: the answer's (default) or all of them (official code)")
+    method.add_argument("--ce-prompts", choices=("query", "both"), default=None,
+                        help="the LM loss is that of the answer behind the query alone (default) or the mean of that and the one "
+                             "behind demonstrations and query (default of stave)")
+    method.add_argument("--kl-late", action=argparse.BooleanOptionalAction, default=None,
+                        help="--align-on logits: miss the distribution of the answer's first token, start at the second "
+                             "(official code; default: only with --official)")
+    method.add_argument("--rank", type=int, default=None, help="of lora (default 16) and hificl (default 8)")
+    method.add_argument("--targets", nargs="+", default=list(PROJECTIONS), metavar="NAME",
+                        help=f"linear layers lora changes (default {' '.join(PROJECTIONS)})")
+    method.add_argument("--scope", choices=("text", "all"), default=None,
+                        help="where lora looks for them: the decoder (default) or vision tower and connector too (official code)")
     method.add_argument("--z2", choices=("masked", "unmasked"), default=None,
                         help="keys in log Z2: those the softmax sees (default) or all of them (official code)")
     method.add_argument("--mu", choices=("head", "layer", "one"), default="head",
                         help="one μ̃ a head (the paper), one a layer, or μ̃ = 1, the vectors alone (default %(default)s)")
-    method.add_argument("--lambda-align", type=float, default=1.0, help="weight of L_align; 0 = no teacher (default %(default)s)")
-    method.add_argument("--lambda-ce", type=float, default=0.5, help="weight of the LM loss, λ (default %(default)s)")
+    method.add_argument("--lambda-align", type=float, default=None,
+                        help="weight of L_align; 0 = no teacher (default 1 for mimic and live, else 0)")
+    method.add_argument("--lambda-ce", type=float, default=None,
+                        help="weight of the LM loss, λ (default 0.5 for mimic and live, else 1)")
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--epochs", type=int, default=None, help="(default: 15 below 100 samples, 10 up to 500, else 5)")
     optimisation.add_argument("--batch-size", type=int, default=4, help="queries at a time (default %(default)s)")
     optimisation.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step (default %(default)s)")
     optimisation.add_argument("--lr", type=float, default=None,
-                              help="highest rate of AdamW (default 5e-3, the toys from a random start 2e-2)")
+                              help="highest rate of AdamW (default of mimic 5e-3, on the toys 2e-2; others: see DEFAULTS)")
     optimisation.add_argument("--warmup", type=float, default=0.1,
                               help="share of the steps with a rising rate, then cosine (default %(default)s)")
     optimisation.add_argument("--weight-decay", type=float, default=1e-3, help="of AdamW (default %(default)s)")
@@ -102,14 +127,28 @@ def parse(argv):
     resolve(args)
     toy = args.dataset.startswith("toy")
     args.out = args.out or f"runs/{args.dataset}" + ("" if args.method == "mimic" else f"-{args.method}")
-    args.lr = (2e-2 if toy and args.init == "random" else 5e-3) if args.lr is None else args.lr
+    lr, toy_lr, *weights = DEFAULTS[args.method]
+    args.lr = (toy_lr if toy and args.init == "random" else lr) if args.lr is None else args.lr
+    args.lambda_align, args.lambda_ce, args.shots = (
+        default if given is None else given
+        for given, default in zip((args.lambda_align, args.lambda_ce, args.shots), weights, strict=True))
     args.compare = (COMPARE if toy else []) if args.compare is None else args.compare
     args.align_on = args.align_on or ("logits" if args.method == "live" else "ffn" if args.official else "layer")
     args.ce_on = args.ce_on or ("sequence" if args.official else "answer")
+    args.ce_prompts = args.ce_prompts or ("both" if args.method == "stave" else "query")
+    args.kl_late = args.official if args.kl_late is None else args.kl_late
     args.z2 = args.z2 or ("unmasked" if args.official else "masked")
+    args.scope = args.scope or ("all" if args.official else "text")
     args.align_norm = not args.official if args.align_norm is None else args.align_norm
     if "layerwise" in (args.fit, args.init) and (args.method != "mimic" or args.official or args.shots < 1):
         raise InputError("a layer-wise fit: expected --method mimic and at least one shot, and no --official; found another")
+    if args.official and args.method not in ("mimic", "live", "lora"):
+        raise InputError(f"--official: expected mimic, live or lora, which the official code has, found {args.method}")
+    if args.method == "prompt-tuning" and args.lambda_align:
+        raise InputError("--method prompt-tuning: expected --lambda-align 0 (its prompt is no part of the teacher's), found "
+                         f"{args.lambda_align:g}")
+    if not args.lambda_align and args.ce_prompts == "query" and "layerwise" not in (args.fit, args.init):
+        args.shots = 0                                         # nobody reads demonstrations
     if args.dtype == "float16":
         raise InputError("--dtype: expected bfloat16 or float32 for training (float16 rounds its small gradients to 0), found it")
     return args
@@ -118,37 +157,61 @@ def parse(argv):
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
 # ---------------------------------------------------------------------------------------------------------------------
-def losses(model, shifts, batch, features, args):
-    """L_align and L_gt of a batch, scalars in fp32. Paper, Figure 3."""
-    def states(rows, shifts):
+def losses(model, shifts, batch, features, args, processor=None):
+    """L_align and L_gt of a batch, scalars in fp32. Paper, Figure 3. processor: for a method that changes the vision tower."""
+    def states(model, rows, features, shifts):
         position_ids = None if rows.position_ids is None else rows.position_ids.to(model.device)
         return model.hidden_states(rows.input_ids.to(model.device), rows.attention_mask.to(model.device),
                                    gather(features, rows.samples), shifts, position_ids)
+
+    def logits(model, out, columns):
+        return model.lm_head(out[columns.to(model.device)]).float()
+
+    def before(columns):                                                                  # column t is predicted from t − 1
+        return F.pad(columns[:, 1:], (0, 1))
 
     # 1. Teacher: the original model reads {demonstrations, query}; its states over the query's columns.
     T, T_q = batch.student.input_ids.shape[1], batch.align.shape[1]
     teacher, student = Recorder(last=T_q), Recorder(shifts)
     if args.lambda_align:
         with torch.no_grad():
-            teacher_out = states(batch.teacher, teacher)[:, -T:]
+            teacher_out = states(model, batch.teacher, features, teacher)[:, -T:]
 
     # 2. Student: the model with shifts reads the query alone.
-    out = states(batch.student, student)
+    changed = shifts.student(model)                          # `model` itself, unless the method changes weights
+    if not sees_alike(model, changed):
+        rows = batch.teacher if args.ce_prompts == "both" else batch.student
+        features = encode_images(changed, processor, rows.samples, {})
+    if isinstance(shifts, STAVE):                            # it asks which columns are the prompt, pass by pass
+        shifts.prompt, behind = prompt_columns(batch)
+    out = states(changed, batch.student, features, student)
 
     # 3. L_align over the common columns; L_gt over the answer, logits made only where they are read.
-    def logits(out, columns):
-        return model.lm_head(out[:, :-1][columns[:, 1:].to(model.device)]).float()        # column t is predicted from t − 1
-
     align = torch.zeros((), device=model.device)
     if args.lambda_align and args.align_on == "logits":
-        log_p, log_q = (logits(x, batch.answer).log_softmax(-1) for x in (teacher_out, out))
+        columns = batch.answer if args.kl_late else before(batch.answer)
+        log_p, log_q = (logits(*x, columns).log_softmax(-1) for x in ((model, teacher_out), (changed, out)))
         align = (log_p.exp() * (log_p - log_q)).sum(-1).mean()                            # KL(teacher ‖ student)
     elif args.lambda_align:
         align = align_loss([s[:, -T_q:] for s in getattr(student, args.align_on)], getattr(teacher, args.align_on),
                            batch.align.to(model.device), norm=args.align_norm)
     read = getattr(batch, args.ce_on)
-    ce = F.cross_entropy(logits(out, read), batch.student.input_ids[read].to(model.device))
+    ce = F.cross_entropy(logits(changed, out, before(read)), batch.student.input_ids[read].to(model.device))
+    if args.ce_prompts == "both":
+        if isinstance(shifts, STAVE):
+            shifts.prompt = behind
+        out = states(changed, batch.teacher, features, shifts)[:, -T:]
+        ce_behind = F.cross_entropy(logits(changed, out, before(batch.answer)),
+                                    batch.student.input_ids[batch.answer].to(model.device))
+        ce = (ce + ce_behind) / 2
     return align, ce
+
+
+def prompt_columns(batch):
+    """Columns of instruction and query, neither demonstration nor answer nor padding: student's (B,T), teacher's (B,S) bool."""
+    answer = F.pad(batch.answer, (batch.teacher.input_ids.shape[1] - batch.answer.shape[1], 0))
+    return (batch.student.attention_mask & ~batch.answer,
+            batch.teacher.attention_mask & ~answer & ~is_demonstration(batch))
 
 
 def learning_rate(step, steps, warmup):
@@ -167,7 +230,7 @@ def train(args, model, processor, adapter, samples, dev, features, folder):
     trained = [p for p in adapter.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(adapter.groups(args.lr), weight_decay=args.weight_decay)
     highest = [group["lr"] for group in optimiser.param_groups]
-    template, path = template_of(args), folder / f"{args.method}.safetensors"
+    template, path = adapter.template(template_of(args)), folder / f"{args.method}.safetensors"
     per_step = args.batch_size * args.accumulate
     steps_an_epoch = math.ceil(len(samples) / per_step)
     steps, step, best, seconds = args.epochs * steps_an_epoch, 0, -math.inf, 0.0
@@ -176,6 +239,7 @@ def train(args, model, processor, adapter, samples, dev, features, folder):
         log = csv.DictWriter(file, ["step", "epoch", "loss", "align", "ce", "lr", "grad_norm", "seconds", "dev"])
         log.writeheader()
         for epoch in range(args.epochs):
+            adapter.train()
             order = random.Random(f"{args.seed}-{epoch}").sample(samples, len(samples))
             draw = epoch % args.draws if args.draws else epoch
             for at in range(0, len(order), per_step):
@@ -184,7 +248,8 @@ def train(args, model, processor, adapter, samples, dev, features, folder):
                 parts = []
                 for queries in micro:
                     icds = [pick_icds(samples, q, args.shots, f"{args.seed}-{draw}-{q.id}") for q in queries]
-                    align, ce = losses(model, adapter, collate(queries, icds, processor, template), features, args)
+                    align, ce = losses(model, adapter, collate(queries, icds, processor, template), features, args,
+                                       processor)
                     ((args.lambda_align * align + args.lambda_ce * ce) / len(micro)).backward()
                     parts.append((align.item(), ce.item()))
                 align, ce = (sum(p) / len(parts) for p in zip(*parts, strict=True))
@@ -204,6 +269,7 @@ def train(args, model, processor, adapter, samples, dev, features, folder):
                 bar.set_postfix(loss=f"{row['loss']:.3f}", align=f"{align:.3f}", ce=f"{ce:.3f}")
                 if step % steps_an_epoch == 0:          # the dev score chooses the epoch; of equals the later one
                     value = step
+                    adapter.eval()
                     if dev:
                         answers, _ = answer(model, processor, args.dataset, dev, shifts=adapter, features=features,
                                             **generation_options(args))
@@ -238,6 +304,15 @@ def fit_layerwise(args, model, processor, adapter, samples, features, folder):
               for i in range(0, len(samples), args.batch_size)]
     shares = fit(model, adapter, chunks, embed, processor.image_ids, folder, args.memory_gb, args.fit_tokens)
     print("explained of the shift, layer by layer: " + " ".join(f"{share:.2f}" for share in shares))
+
+
+def adapter_options(args, processor):
+    """What the method's `for_model` takes beside the model."""
+    rank = {"rank": args.rank} if args.rank else {}
+    return {"mimic": {"z2": args.z2, "mu_of": args.mu},
+            "lora": {"targets": args.targets, "scope": args.scope, **rank},
+            "hificl": rank,
+            "stave": {"n_cue": cue_length(processor, template_of(args))}}.get(args.method, {})
 
 
 def start_run(args):
@@ -287,7 +362,7 @@ def main(argv=None):
     folder, features = start_run(args), {}
     encode_images(model, processor, samples + dev, features, "encode images")
     torch.manual_seed(args.seed)
-    adapter = new_adapter(args.method, model, **({"z2": args.z2, "mu_of": args.mu} if args.method == "mimic" else {}))
+    adapter = ADAPTERS[args.method].for_model(model, **adapter_options(args, processor))
     if "layerwise" in (args.fit, args.init):
         fit_layerwise(args, model, processor, adapter, samples, features, folder)
     seconds = time.perf_counter() - began

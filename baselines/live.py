@@ -3,6 +3,7 @@
     h ← (h + α·v) · ‖h‖ / ‖h + α·v‖        h: the FFN's output of a layer, v (d) and α (scalar) learnt for that layer
 
 Trained to give the answer's tokens the probabilities that the model with demonstrations gives them (KL) plus the LM loss.
+The official code's KL begins one distribution late, so that it never sees the answer's first token (train.py --kl-late).
 Source: LIVE's code as MimIC's authors run it, on the FFN's output of both Idefics models; that code's settings: v ~ N(0, 0.01²),
 α = 0.1, the scale's learning rate twice the vector's.
 """
@@ -21,6 +22,13 @@ class LIVE(nn.Module, Shifts):
         super().__init__()
         self.vector = nn.Parameter(0.01 * torch.randn(n_layers, hidden_size))
         self.alpha = nn.Parameter(torch.full((n_layers,), 0.1))
+
+    @classmethod
+    def for_model(cls, model):
+        return cls(model.config.text.num_hidden_layers, model.config.text.hidden_size).to(model.device)
+
+    def like(self, model):
+        return self.for_model(model)
 
     def after_ffn(self, layer, ffn_out):
         """The norm of h stays, its direction moves.  (B,T,d) → (B,T,d)."""

@@ -133,7 +133,7 @@ def test_an_adapter_of_another_model_is_refused(okvqa_run, tmp_path, shared):
     config = json.loads(json.dumps(TINY_CONFIG))
     config["text_config"]["num_hidden_layers"] = 2
     shutil.copy(shared / "data/tokenizer/tokenizer.json", save_model(tmp_path / "other", config))
-    with pytest.raises(InputError, match=r"expected an adapter whose vectors are \(2, 4, 16\).*found \(3, 4, 16\)"):
+    with pytest.raises(InputError, match=r"expected an adapter whose vector is \(2, 4, 16\).*found \(3, 4, 16\)"):
         evaluation.main(["--run", str(okvqa_run), "--model", str(tmp_path / "other")])
 
 

@@ -1,6 +1,7 @@
 """Equal to the official MimIC code, from recordings of it running on a tiny Idefics2 (golden/official_mimic)."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -118,16 +119,20 @@ def test_official_prompts_give_the_official_ids_masks_and_pixels(batch, golden):
         assert torch.equal(mask, golden[f"{who}.pixel_attention_mask"].flatten(0, 1).bool()[:, :mask.shape[1], :mask.shape[2]])
 
 
+def by_image(model, batch, processor):
+    features = {}
+    for rows in (batch.teacher, batch.student):
+        values, mask = processor.images([s.picture() for s in rows.samples])
+        features |= zip((s.image_id for s in rows.samples), model.encode_images(values, mask), strict=True)
+    return features
+
+
 def test_train_py_official_takes_the_official_step(model, golden, batch):
     """The same losses and gradients through train.py's own functions: `python train.py --official`."""
     batch, processor = batch
     args = parse(["--official"])
-    by_image = {}
-    for rows in (batch.teacher, batch.student):
-        values, mask = processor.images([s.picture() for s in rows.samples])
-        by_image |= zip((s.image_id for s in rows.samples), model.encode_images(values, mask), strict=True)
     mimic = adapter(golden, args.z2)
-    align, ce = losses(model, mimic, batch, by_image, args)
+    align, ce = losses(model, mimic, batch, by_image(model, batch, processor), args)
     close(align, golden["mimic_unmasked_z2.ffn_mse_loss"])
     close(ce, golden["mimic_unmasked_z2.ce_loss"])
     (args.lambda_align * align + args.lambda_ce * ce).backward()
@@ -135,9 +140,44 @@ def test_train_py_official_takes_the_official_step(model, golden, batch):
         close(p.grad, golden[f"mimic_unmasked_z2.grad.{name}"])
 
 
-def test_live_moves_the_states_as_the_official_code_does(model, golden):
+def recorded_live(golden):
     live = LIVE(*golden["live.v"].shape)
     live.load_state_dict({"vector": golden["live.v"], "alpha": golden["live.alpha"]})
+    return live
+
+
+def test_live_moves_the_states_as_the_official_code_does(model, golden):
+    live = recorded_live(golden)
     logits, ids, mask = forward(model, golden, "student", live)
     close(logits[mask], golden["live.logits"][mask])
     close(F.cross_entropy(logits[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]), golden["live.ce_loss"])
+
+
+def test_train_py_official_live_takes_the_official_step(model, golden, batch):
+    """`python train.py --official --method live`: KL over the distributions behind the answer's tokens, one late."""
+    batch, processor = batch
+    args, live = parse(["--official", "--method", "live"]), recorded_live(golden)
+    kl, ce = losses(model, live, batch, by_image(model, batch, processor), args)
+    close(kl, golden["live.logits_kl_loss"])
+    close(ce, golden["live.ce_loss"])
+    loss = args.lambda_align * kl + args.lambda_ce * ce
+    close(loss, golden["live.loss"])
+    loss.backward()
+    close(live.vector.grad, golden["live.grad.v"])
+    close(live.alpha.grad, golden["live.grad.alpha"])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_kl_is_over_every_distribution_an_answer_is_read_from_unless_it_starts_late(model, golden, batch, late):
+    """By default from the column before the answer's first token to the one before its end; official: each one later."""
+    batch, processor = batch
+    args = parse(["--official", "--method", "live", *([] if late else ["--no-kl-late"])])
+    found, _ = losses(model, recorded_live(golden), batch, by_image(model, batch, processor), args)
+    each = []
+    for b, row in enumerate(golden["student.input_ids"].tolist()):
+        for t in range(row.index(0) + 1, len(row)):                                   # behind the separator, </s> included
+            at = (t if late else t - 1) - len(row)
+            p, q = (golden[f"{who}.logits"][b, at].double().softmax(-1).tolist() for who in ("teacher", "live"))
+            each.append(sum(x * math.log(x / y) for x, y in zip(p, q, strict=True)))
+    close(found, torch.tensor(sum(each) / len(each)))
+    assert parse(["--method", "live"]).align_on == "logits" and not parse(["--method", "live"]).kl_late

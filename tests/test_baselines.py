@@ -1,0 +1,247 @@
+"""The methods MimIC is compared with: what each computes, judged by loops, by peft or by the longer way round."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import peft
+import pytest
+import spec
+import torch
+from conftest import TINY_CONFIG, save_model
+
+from baselines.hificl import HiFICL
+from baselines.lora import LoRA
+from baselines.prompt_tuning import PromptTuning
+from baselines.stave import STAVE, cue_length
+from data import TEMPLATES, Processor, Sample, collate, prompts, render
+from eval import ADAPTERS, check_fits, count
+from model import Config, Idefics2, InputError, KVCache, attention, causal_mask
+from train import prompt_columns
+
+CLOSE = {"rtol": 0, "atol": 1e-11}
+OPTIONS = {"lora": {"rank": 4}, "stave": {"n_cue": 2}, "prompt-tuning": {"n": 3}}
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Three random layers in float64, vocabulary 100, picture token 99."""
+    config = json.loads(json.dumps(TINY_CONFIG))
+    config["image_token_id"], config["text_config"]["vocab_size"] = 99, 100
+    return Idefics2.from_pretrained(save_model(tmp_path_factory.mktemp("model"), config), torch.float64)
+
+
+def trained(method, model, **options):
+    """An adapter with random parameters, as if trained."""
+    torch.manual_seed(1)
+    adapter = ADAPTERS[method].for_model(model, **(OPTIONS.get(method, {}) | options)).double().eval()
+    for p in adapter.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return adapter
+
+
+def prompt(n=9):
+    """Two rows of n and n − 2 tokens, the second left-padded."""
+    ids = torch.randint(3, 99, (2, n), generator=torch.Generator().manual_seed(0))
+    ids[:, 0], ids[1, :2], ids[1, 2] = 1, 0, 1
+    return ids, ids != 0
+
+
+def run(model, adapter, ids, mask, features=None):
+    return adapter.student(model)(ids, mask, features, adapter)
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+def pictures(model, ids):
+    """Two pictures, and the prompts with their tokens."""
+    pixels = torch.randn(2, 3, 28, 42, generator=torch.Generator().manual_seed(3)).double()
+    return torch.cat([ids[:, :3], torch.full((2, 4), 99), ids[:, 3:]], 1), pixels, torch.ones(2, 28, 42, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("scope, dropout", [("text", 0.0), ("text", 0.3), ("all", 0.0)])
+def test_lora_has_the_logits_and_gradients_of_peft(model, scope, dropout):
+    lora = trained("lora", model, scope=scope, alpha=6, dropout=dropout).train()
+    names = [name.replace("/", ".") for name in lora.A]
+    config = peft.LoraConfig(r=4, lora_alpha=6, lora_dropout=dropout, target_modules=names)
+    judge = peft.inject_adapter_in_model(config, copy.deepcopy(model)).double().train()
+    with torch.no_grad():
+        for name in names:
+            layer = judge.get_submodule(name)
+            layer.lora_A.default.weight.copy_(lora.A[name.replace(".", "/")])
+            layer.lora_B.default.weight.copy_(lora.B[name.replace(".", "/")])
+    ids, pixels, pixel_mask = pictures(model, torch.randint(3, 99, (2, 8), generator=torch.Generator().manual_seed(2)))
+    logits = []
+    for who in lora.student(model), judge:
+        torch.manual_seed(5)                                              # the same dropout
+        logits.append(who(ids, torch.ones_like(ids), who.encode_images(pixels, pixel_mask)))
+        logits[-1].square().mean().backward()
+    torch.testing.assert_close(*logits, **CLOSE)
+    assert len(names) == {"text": 12, "all": 12 + 4 + 2 * 3}[scope]                # decoder, perceiver, q k v of the vision tower
+    for name in names:
+        layer = judge.get_submodule(name)
+        torch.testing.assert_close(lora.A[name.replace(".", "/")].grad, layer.lora_A.default.weight.grad, **CLOSE)
+        torch.testing.assert_close(lora.B[name.replace(".", "/")].grad, layer.lora_B.default.weight.grad, **CLOSE)
+
+
+def test_lora_leaves_the_base_model_alone_and_copies_none_of_its_tensors(model):
+    ids, mask = prompt()
+    before, names = model(ids, mask), [name for name, _ in model.named_modules()]
+    lora = trained("lora", model)
+    student = lora.student(model)
+    assert not torch.allclose(student(ids, mask), before)
+    assert torch.equal(model(ids, mask), before) and [name for name, _ in model.named_modules()] == names
+    own = {id(p) for p in lora.parameters()}
+    assert {id(p) for p in student.parameters()} - own == {id(p) for p in model.parameters()}
+    assert student.model["vision_model"] is model.model["vision_model"]      # so its picture features are those of the base
+
+
+def test_merged_lora_is_plain_weights_with_the_same_logits(model):
+    ids, mask = prompt()
+    lora = trained("lora", model)
+    merged, before = lora.merge(model), model(ids, mask)
+    torch.testing.assert_close(merged(ids, mask), run(model, lora, ids, mask), **CLOSE)
+    assert [(name, type(m)) for name, m in merged.named_modules()] == [(name, type(m)) for name, m in model.named_modules()]
+    assert torch.equal(model(ids, mask), before) and merged.state_dict().keys() == model.state_dict().keys()
+
+
+# ---- HiFICL ----------------------------------------------------------------------------------------------------------
+def test_hificl_is_a_softmax_over_virtual_and_real_keys(model):
+    hificl, layer = trained("hificl", model), 1
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, H, 5, 16, dtype=torch.float64) for H in (4, 2, 2))
+    mask = causal_mask(torch.ones(1, 5), 5, 0)
+    got = hificl.after_attention(layer, q, k, *attention(q, k, v, mask))
+    K, V = hificl.K_A @ hificl.K_B, hificl.V_A @ hificl.V_B                                  # (L,H,n,D)
+    for h in range(4):
+        keys, values = (torch.cat([virtual[layer, h], real[0, h // 2]]).tolist() for virtual, real in ((K, k), (V, v)))
+        for t in range(5):
+            expected, _ = spec.attend(q[0, h, t].tolist(), keys, values, [True] * 8 + mask[0, 0, t].tolist())
+            torch.testing.assert_close(got[0, h, t].tolist(), expected, rtol=0, atol=1e-12)
+
+
+# ---- prompt tuning ---------------------------------------------------------------------------------------------------
+def test_prompt_tuning_puts_its_vectors_behind_the_first_token(model):
+    """Against the decoder fed with the embeddings themselves, one row at a time and without padding."""
+    tuning, (ids, mask) = trained("prompt-tuning", model), prompt()
+    logits = model(ids, mask, shifts=tuning)
+    for row, (tokens, kept) in enumerate(zip(ids, mask, strict=True)):
+        words = model.model["text_model"].embed_tokens(tokens[kept])
+        x = torch.cat([words[:1], tuning.vector, words[4:]])[None]
+        states = model.model["text_model"](x, torch.ones(1, x.shape[1]), torch.arange(x.shape[1])[None], tuning, None)
+        torch.testing.assert_close(logits[row, kept], model.lm_head(states)[0], **CLOSE)
+
+
+def test_prompt_tuning_starts_from_words_and_asks_for_placeholders(model):
+    words = model.model["text_model"].embed_tokens.weight.float()
+    tuning = PromptTuning.for_model(model)
+    assert all((words == p).all(1).any() for p in tuning.vector)
+    processor = Processor.from_pretrained(REPOSITORY / "checkpoints/tiny")
+    query, template = Sample(1, None, "dax?", ["rot"], "rot"), TEMPLATES["toy"]
+    plain, longer = (prompts([query], [[]], processor, t).input_ids[0] for t in (template, tuning.template(template)))
+    assert longer.tolist() == [1, *[0] * 20, *plain.tolist()[1:]]
+
+
+# ---- STAVE -----------------------------------------------------------------------------------------------------------
+def test_stave_adds_each_row_divided_by_the_root_of_what_it_covers(model):
+    stave, (ids, _) = trained("stave", model), prompt()
+    x = torch.randn(2, 9, 64, dtype=torch.float64)
+    got = stave.after_embedding(ids, x)
+    for b, row in enumerate(ids.tolist()):
+        start = 2 if b else 0                                                # columns: padding, <s>, context, two of the cue
+        n_context = len(row) - start - 1 - 2
+        for t in range(len(row)):
+            w = stave.W[0] / math.sqrt(2) if t >= 7 else stave.W[1] / math.sqrt(n_context) if t > start else 0 * stave.W[0]
+            torch.testing.assert_close(got[b, t], x[b, t] + w, **CLOSE)
+    assert torch.equal(stave.after_embedding(ids[:, :1], x[:, :1]), x[:, :1])          # a generated token
+
+
+def test_stave_covers_instruction_and_query_but_no_demonstration_and_no_answer(shared):
+    processor = Processor.from_pretrained(REPOSITORY / "checkpoints/tiny")
+    processor.tokenizer = processor.tokenizer.from_file(str(shared / "data/tokenizer/tokenizer.json"))
+    processor.image_ids, processor.vocab_size, template = (32000, 32001), 32002, TEMPLATES["vqa"]
+    a, b, c = (Sample(i, None, q, [s], s) for i, (q, s) in enumerate(
+        [("what is this?", "cat"), ("is it a long one or not?", "yes it is"), ("where?", "left")]))
+    batch = collate([a, b], [[b, c], [c, a]], processor, template)
+    stave = STAVE(8, cue_length(processor, template))
+    for rows, columns in zip((batch.student, batch.teacher), prompt_columns(batch), strict=True):
+        readout, context = stave.columns(rows.input_ids, columns)
+        for i, query in enumerate((a, b)):
+            assert processor.decode(rows.input_ids[i][readout[i]].tolist()) == "Answer:"
+            covered = rows.input_ids[i][context[i] | readout[i]].tolist()
+            alone = processor.encode(processor.expand("".join(render(template, [], query)[:2])))[1:]
+            assert covered == alone                                        # the prompt without demonstrations, without <s>
+
+
+def test_a_zero_start_is_the_base_model_bit_for_bit(model):
+    ids, mask = prompt()
+    for method in "lora", "stave":
+        fresh = ADAPTERS[method].for_model(model).double().eval()
+        assert torch.equal(run(model, fresh, ids, mask), model(ids, mask))
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+def test_parameters_on_idefics2_are_the_published_numbers(shared, tmp_path):
+    config = json.loads((shared / "spec/expected_idefics2-8b-base.json").read_text())["config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        real = Idefics2(Config.from_file(tmp_path / "config.json"))
+        for method, options, n in (("mimic", {}, 263_168), ("live", {}, 131_104), ("lora", {}, 13_631_488),
+                                   ("lora", {"scope": "all"}, 17_588_224), ("stave", {}, 8_192), ("prompt-tuning", {}, 81_920),
+                                   ("lora", {"targets": ["o_proj"], "rank": 1}, 262_144), ("hificl", {}, 2_228_224)):
+            assert count(ADAPTERS[method].for_model(real, **options)) == n, (method, options)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_gradients_reach_every_parameter_of_the_adapter_and_nothing_else(model, method):
+    adapter = trained(method, model)
+    run(model, adapter, *prompt()).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapter.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    groups = adapter.groups(0.1)
+    assert sum(p.numel() for g in groups for p in g["params"]) == count(adapter)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_a_saved_adapter_gives_the_same_logits_and_no_other_method_loads_it(model, method, tmp_path):
+    path, adapter = tmp_path / "adapter.safetensors", trained(method, model).float()
+    adapter.save(path, method=method)
+    loaded = ADAPTERS[method].load(path)
+    assert torch.equal(run(model, loaded, *prompt()), run(model, adapter, *prompt()))
+    check_fits(loaded, model, path)
+    for other in ADAPTERS.keys() - {method}:
+        with pytest.raises(InputError, match="adapter.safetensors: expected a .* adapter"):
+            ADAPTERS[other].load(path)
+    smaller = copy.deepcopy(TINY_CONFIG)
+    smaller["text_config"] |= {"hidden_size": 32, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(smaller | {"image_token_id": 99}))
+    with pytest.raises(InputError, match="expected an adapter whose") as error:
+        check_fits(loaded, Idefics2(Config.from_file(tmp_path / "config.json")), path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_decoding_with_a_cache_equals_the_full_forward(model, method):
+    adapter, (ids, mask) = trained(method, model), prompt()
+    student, cache = adapter.student(model), KVCache(3, 9)
+    with torch.no_grad():
+        states = [student.hidden_states(ids[:, :6], mask[:, :6], None, adapter, cache=cache)]
+        states += [student.hidden_states(ids[:, t:t + 1], mask[:, :t + 1], None, adapter, cache=cache) for t in range(6, 9)]
+        adapter.prompt = mask & (torch.arange(9) < 6)                      # STAVE is told what was generated
+        full = student.hidden_states(ids, mask, None, adapter)
+    torch.testing.assert_close(torch.cat(states, 1)[mask], full[mask], **CLOSE)
+
+
+def test_model_py_knows_no_method():
+    text = (REPOSITORY / "model.py").read_text().lower()
+    assert [name for name in [*ADAPTERS, "tuning", "vector", "rices"] if name in text] == []
+
+
+def test_hificl_starts_with_virtual_pairs_that_add_nothing():
+    assert not HiFICL(1, 2, 4).V_B.any() and HiFICL(1, 2, 4).K_B.any()
+
+
+def test_lora_refuses_names_that_are_no_linear(model):
+    with pytest.raises(InputError, match="--targets: expected names of linear layers such as q_proj, found w_q"):
+        LoRA.for_model(model, targets=["w_q"])
