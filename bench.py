@@ -27,7 +27,7 @@ from eval import clock, gather, run_command, write_atomically
 from fit import advance, fit, fit_layer, is_demonstration, student, teacher
 from mimic import MimIC
 from model import Config, Idefics2, InputError, PerceiverConfig, TextConfig, VisionConfig
-from train import losses
+from train import losses, parse
 
 SIZES = {                              # decoders; the pictures' features are random, so the vision tower is the smallest there is
     "toy": (TextConfig(128, 352, 6, 8, 4, vocab_size=130), 4, 6),
@@ -103,8 +103,7 @@ def layerwise(size, device, dtype, samples, batch_size, epochs):
 def training(size, device, dtype, samples, batch_size, epochs):
     """Seconds of end-to-end training: one epoch, or at full size one step of a one-layer model, times what is missing."""
     model, mimic, features, _ = prepared(size, device, dtype, 1 if size == "full" else None)
-    args = SimpleNamespace(lambda_align=1.0, align_on="layer", align_norm=True, ce_on="answer")
-    optimiser = torch.optim.AdamW(mimic.parameters(), lr=1e-3)
+    args, optimiser = parse([]), torch.optim.AdamW(mimic.parameters(), lr=1e-3)
     batches = [random_batch(size, batch_size, i) for i in range(1 if size == "full" else samples // batch_size)]
     began = clock(model.device)
     for batch in batches:
@@ -135,8 +134,8 @@ def measured(function, *arguments):
     return queue.get()
 
 
-def bench_fit(size, device, dtype, repeats):
-    samples, batch_size, epochs = {"toy": 1000, "mid": 32, "full": 1000}[size], 4 if size == "toy" else 2, 5
+def bench_fit(size, device, dtype, repeats, samples):
+    samples, batch_size, epochs = samples or {"toy": 1000, "mid": 32, "full": 1000}[size], 4 if size == "toy" else 2, 5
     runs = [[measured(side, size, device, dtype, samples, batch_size, epochs) for side in (layerwise, training)]
             for _ in tqdm(range(repeats), desc=f"fit {size}")]
     (ours, peak), (peer, peer_peak) = (map(statistics.median, zip(*side, strict=True)) for side in zip(*runs, strict=True))
@@ -157,6 +156,7 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s here)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help="(default: float32, bfloat16 on cuda)")
     parser.add_argument("--repeats", type=int, default=3, help="(default %(default)s)")
+    parser.add_argument("--samples", type=int, default=None, help="(default: toy and full 1000, mid 32)")
     parser.add_argument("--threads", type=int, default=None, help="of the CPU (default: torch's)")
     parser.add_argument("--out", default=None, metavar="FILE", help="writes the rows as JSON")
     args = parser.parse_args(argv)
@@ -167,7 +167,7 @@ def main(argv=None):
     print(f"{'what':<16}{'size':<6}{'ours s':>10}{'peer s':>10}{'ratio':>8}{'peak GiB':>10}{'peer GiB':>10}  about")
     for size in args.size:
         for name in args.only:
-            row = BENCHES[name](size, args.device, getattr(torch, dtype), args.repeats)
+            row = BENCHES[name](size, args.device, getattr(torch, dtype), args.repeats, args.samples)
             rows.append({**row, "device": args.device, "dtype": dtype})
             print(f"{row['what']:<16}{size:<6}{row['ours_s']:>10.3g}{row['peer_s']:>10.3g}{row['ratio']:>8.2f}{row['peak_gib']:>10.2f}"
                   f"{row['peer_peak_gib']:>10.2f}  {row['about']}")

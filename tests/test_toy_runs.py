@@ -1,0 +1,76 @@
+"""What a trained model has to show, on the tiny checkpoint: short runs of the commands on rules it has never seen."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import ablate
+import bench
+import train
+from model import InputError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+
+
+def run(out, *options):
+    return train.main(["--limit", "100", "--out", str(out), "--eval-batch-size", "50", *options])
+
+
+def test_mimic_trained_for_half_a_minute_beats_zero_shot_and_eight_demonstrations(tmp_path):
+    zero, icl, mimic = run(tmp_path, "--samples", "200", "--compare", "0", "8", "--dev-samples", "50")
+    assert zero["score"] <= 20 < 75 <= icl["score"] <= mimic["score"] and mimic["train_seconds"] < 120
+    assert (mimic["prompt_tokens"], mimic["shots"], mimic["parameters"]) == (zero["prompt_tokens"], 0, 1584)
+
+
+def test_fifty_samples_fitted_layer_by_layer_do_as_well_as_eight_demonstrations(tmp_path):
+    fitted, = run(tmp_path, "--fit", "layerwise", "--samples", "50", "--compare")
+    assert fitted["score"] >= 85
+    assert not (tmp_path / "fit.safetensors").exists() and (tmp_path / "mimic.safetensors").exists()
+
+
+def test_a_constant_shift_fitted_alike_does_not(tmp_path):
+    constant, = run(tmp_path, "--fit", "layerwise", "--samples", "50", "--mu", "one", "--compare")
+    assert constant["score"] <= 50 and constant["parameters"] == 768
+
+
+def test_training_goes_on_from_the_layer_wise_fit(tmp_path):
+    polished, = run(tmp_path, "--init", "layerwise", "--samples", "40", "--epochs", "1", "--compare")
+    random, = run(tmp_path / "random", "--samples", "40", "--epochs", "1", "--compare")
+    assert polished["score"] > random["score"] + 30
+
+
+def test_captions_too(tmp_path):
+    zero, fitted = run(tmp_path, "--dataset", "toy-caption", "--fit", "layerwise", "--samples", "40", "--compare", "0")
+    assert fitted["metric"] == "cider" and fitted["score"] > 900 > 200 > zero["score"]
+
+
+@pytest.mark.parametrize("words", [["--method", "live"], ["--official"], ["--shots", "0"]])
+def test_a_layer_wise_fit_of_anything_else_is_refused(words, tmp_path):
+    with pytest.raises(InputError, match="a layer-wise fit: expected"):
+        run(tmp_path, "--fit", "layerwise", *words)
+
+
+def test_ablate_runs_what_is_missing_prints_its_table_and_draws_its_curves(tmp_path, capsys):
+    words = ["samples", "--only", "layer-wise fit, 20", "--tasks", "0", "--seeds", "0", "--workers", "1", "--out", str(tmp_path)]
+    ablate.main([*words, "--figure", str(tmp_path / "curves.png")])
+    out = tmp_path / "toy/samples/layer-wise-fit-20/task0-seed0"
+    score = json.loads((out / "results.json").read_text())[0]["score"]
+    before = (out / "results.json").stat().st_mtime_ns
+    assert f"| layer-wise fit, 20 | {score:.1f} | 0.0 | {score:.1f} |" in capsys.readouterr().out
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+    ablate.main(words)
+    assert (out / "results.json").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="--only: expected rows of main"):
+        ablate.main(["main", "--only", "nothing"])
+
+
+def test_bench_measures_the_fit_beside_training(tmp_path):
+    row, = bench.main(["--size", "toy", "--repeats", "1", "--samples", "8", "--out", str(tmp_path / "bench.json")])
+    assert json.loads((tmp_path / "bench.json").read_text()) == [row] and row["what"] == "fit_layerwise"
+    assert row["ours_s"] > 0 and row["ratio"] == row["peer_s"] / row["ours_s"] and 0 < row["peak_gib"] < 4
