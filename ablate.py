@@ -28,8 +28,24 @@ from eval import run_command, write_atomically
 from model import InputError
 
 LAYERWISE = ["--fit", "layerwise"]
-GROUPS = {                                          # group → row → options of train.py, or the shots of an untrained row
-    "main": {"zero-shot": 0, "1-shot": 1, "2-shot": 2, "4-shot": 4, "8-shot": 8, "MimIC": []},
+GROUPS = {                                          # group → row → options of train.py, or behind "eval" those of eval.py
+    "main": {"zero-shot": ["eval"], **{f"{k}-shot": ["eval", "--shots", str(k)] for k in (1, 2, 4, 8)}, "MimIC": []},
+    "methods": {                                    # the table of `eval.py --table`
+        "zero-shot": ["eval"],
+        "8-shot ICL": ["eval", "--shots", "8"],
+        "RICES, 8 shots": ["eval", "--method", "rices"],
+        "Task Vector": ["eval", "--method", "task-vector"],
+        "Function Vector": ["eval", "--method", "function-vector"],
+        "LIVE": ["--method", "live"],
+        "LoRA": ["--method", "lora"],
+        "LoRA, o_proj, rank 1": ["--method", "lora", "--targets", "o_proj", "--rank", "1"],
+        "prompt tuning": ["--method", "prompt-tuning"],
+        "STAVE": ["--method", "stave"],
+        "HiFICL": ["--method", "hificl"],
+        "MimIC": [],
+        "MimIC, layer-wise fit": LAYERWISE,
+        "MimIC, layer-wise fit of 50 samples": [*LAYERWISE, "--samples", "50"],
+    },
     "choices": {name: [*options, "--epochs", "2"] for name, options in {
         "default": [],
         "align-on-ffn": ["--align-on", "ffn"],
@@ -85,31 +101,67 @@ GROUPS = {                                          # group → row → options 
         "20, no image tokens": [*LAYERWISE, "--samples", "20", "--fit-tokens", "text"],
         "20, answer only": [*LAYERWISE, "--samples", "20", "--fit-tokens", "answer"],
         "20, 1-shot teacher": [*LAYERWISE, "--samples", "20", "--shots", "1"],
-        "1,000, 1-shot teacher": [*LAYERWISE, "--shots", "1"],
-        "1,000, 2-shot teacher": [*LAYERWISE, "--shots", "2"],
-        "1,000, 4-shot teacher": [*LAYERWISE, "--shots", "4"],
+        "1000, 1-shot teacher": [*LAYERWISE, "--shots", "1"],
+        "1000, 2-shot teacher": [*LAYERWISE, "--shots", "2"],
+        "1000, 4-shot teacher": [*LAYERWISE, "--shots", "4"],
         "20, polished": ["--init", "layerwise", "--samples", "20"],
         "50, polished": ["--init", "layerwise", "--samples", "50"],
         "50, polished 2 epochs": ["--init", "layerwise", "--samples", "50", "--epochs", "2"],
-        "1,000, 10 epochs, no fit": ["--epochs", "10"],
+        "1000, 10 epochs, no fit": ["--epochs", "10"],
     },
 }
 
 
 def run(dataset, options, task, seed, out):
-    """One run, unless it is there → its test score and seconds of training."""
+    """One run, unless it is there → its row of results.json."""
     if not (out / "results.json").exists():
         common = ["--dataset", dataset, "--task", str(task), "--seed", str(seed), "--out", str(out), "--eval-batch-size", "64"]
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            if isinstance(options, list):
-                train.main([*common, *options, "--compare"])
+            if options[:1] == ["eval"]:
+                evaluation.main([*common, *options[1:]])
             else:
-                evaluation.main([*common, "--method", "icl" if options else "zero-shot", "--shots", str(options)])
-    row = json.loads((out / "results.json").read_text())[-1]
-    return row["score"], row["train_seconds"]
+                train.main([*common, *options, "--compare"])
+    return json.loads((out / "results.json").read_text())[-1]
 
 
-def figure(path, scores, dataset):
+def run_all(group, dataset, only, tasks, seeds, workers, out):
+    """The rows of a group → {name: {(task, seed): row of results.json}}; workers runs at a time."""
+    rows, jobs = {name: {} for name in GROUPS[group] if only is None or name in only}, {}
+    with ProcessPoolExecutor(workers) as pool:
+        for task in tasks:
+            for seed in seeds:
+                for name in rows:
+                    folder = Path(out) / dataset / group / name.replace(", ", "-").replace(" ", "-") / f"task{task}-seed{seed}"
+                    jobs[pool.submit(run, dataset, GROUPS[group][name], task, seed, folder)] = name, task, seed
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc=dataset, unit="run"):
+            name, *where = jobs[job]
+            rows[name][tuple(where)] = job.result()
+    return rows
+
+
+def compare(out="runs/table", tasks=(0,), seeds=(0, 1, 2), workers=None):
+    """Every method on both toys → table.md and table.json in `out`; scores are mean ± standard deviation over tasks and seeds."""
+    by_dataset = {d: run_all("methods", d, None, tasks, seeds, workers, out) for d in ("toy", "toy-caption")}
+    rows, head = [], ["method", "parameters", "VQA accuracy", "CIDEr-D x 100", "prompt tokens", "ms / query", "train s"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in GROUPS["methods"]:
+        vqa, caption = (list(by_dataset[d][name].values()) for d in ("toy", "toy-caption"))
+        row = {"method": name, "parameters": vqa[0]["parameters"]}
+        for key, found in ("vqa_accuracy", vqa), ("cider", caption):
+            row[key], row[f"{key}_sd"] = (float(f([r["score"] for r in found])) for f in (np.mean, np.std))
+        for key in "prompt_tokens", "ms_per_query", "train_seconds":
+            row[key] = float(np.mean([r[key] for r in vqa]))
+        rows.append(row)
+        scores = [f"{row[key]:.1f} ± {row[f'{key}_sd']:.1f}" for key in ("vqa_accuracy", "cider")]
+        costs = f"{row['prompt_tokens']:.0f} | {row['ms_per_query']:.1f} | {row['train_seconds']:.0f}"
+        lines.append(f"| {name} | {row['parameters']:,} | {scores[0]} | {scores[1]} | {costs} |")
+    write_atomically(Path(out) / "table.json", json.dumps(rows, indent=1) + "\n")
+    write_atomically(Path(out) / "table.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+    return rows
+
+
+def figure(path, scores):
     """Accuracy against training samples, mean over tasks and seeds, the band its standard deviation over tasks."""
     from matplotlib import pyplot as plt
     curves = {}
@@ -147,30 +199,19 @@ def main(argv=None):
         raise InputError(f"--only: expected rows of {args.group} ({'; '.join(GROUPS[args.group])}), found {'; '.join(unknown)}")
     if args.figure and args.group != "samples":
         raise InputError(f"--figure: expected the group samples, found {args.group}")
-    wanted = {name: options for name, options in GROUPS[args.group].items() if not args.only or name in args.only}
-    scores, seconds = ({name: {} for name in wanted} for _ in range(2))
-    with ProcessPoolExecutor(args.workers) as pool:
-        jobs = {}
-        for task in args.tasks:
-            for seed in args.seeds:
-                for name, options in wanted.items():
-                    folder = "".join(c if c.isalnum() or c in "-." else "-" for c in name.replace(", ", "-"))
-                    out = Path(args.out) / args.dataset / args.group / folder / f"task{task}-seed{seed}"
-                    jobs[pool.submit(run, args.dataset, options, task, seed, out)] = name, task, seed
-        for job in tqdm(as_completed(jobs), total=len(jobs), unit="run"):
-            name, task, seed = jobs[job]
-            scores[name][task, seed], seconds[name][task, seed] = job.result()
+    rows = run_all(args.group, args.dataset, args.only, args.tasks, args.seeds, args.workers, args.out)
     lines = [f"| {args.dataset} | mean | sd | " + " | ".join(f"task {t}" for t in args.tasks) + " | train s |",
              "|---|---|---|" + "---|" * (len(args.tasks) + 1)]
-    scores = {name: np.array([[by[t, s] for s in args.seeds] for t in args.tasks]) for name, by in scores.items()}
+    scores = {name: np.array([[by[t, s]["score"] for s in args.seeds] for t in args.tasks]) for name, by in rows.items()}
     for name, every in scores.items():                                                    # (tasks, seeds)
+        seconds = np.mean([row["train_seconds"] for row in rows[name].values()])
         lines.append(f"| {name} | {every.mean():.1f} | {every.std():.1f} | " + " | ".join(f"{m:.1f}" for m in every.mean(1))
-                     + f" | {np.mean(list(seconds[name].values())):.0f} |")
+                     + f" | {seconds:.0f} |")
     text = "\n".join(lines) + "\n"
     write_atomically(Path(args.out) / args.dataset / f"{args.group}.md", text)
     print(text)
     if args.figure:
-        figure(args.figure, scores, args.dataset)
+        figure(args.figure, scores)
 
 
 if __name__ == "__main__":
