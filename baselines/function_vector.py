@@ -50,7 +50,7 @@ class FunctionVector(Shifts):
 
 
 class HeadReader(Shifts):
-    """Keeps each layer's head outputs at the last token: .outputs, one (B,H,D) tensor a layer."""
+    """Keeps the head outputs of one pass at its last token: .outputs, one (B,H,D) tensor a layer."""
 
     def __init__(self):
         self.outputs = []

@@ -6,7 +6,8 @@
 order "last" puts the most similar one right before the query, "first" at the beginning. Equally similar samples, such as two
 questions about one picture, rank as they stand in the pool. The query itself is never shown. Another question about its own
 picture may be, as the most similar of all: it says nothing of the query's answer that the picture does not. No picture of the
-evaluation splits is in the training split, so that concerns `--split train` alone.
+evaluation splits is in the training split, so that concerns `--split train` alone. Finding the neighbours is not part of
+ms_per_query, as encoding the images is not.
 """
 
 import hashlib
