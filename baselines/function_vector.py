@@ -76,7 +76,7 @@ class HeadPatch(Shifts):
 
 @torch.no_grad()
 def prefill(model, input_ids, attention_mask, images):
-    """Keys and values of all tokens but the last → KVCache for `last_logits`."""
+    """Keys and values of all tokens but the last → KVCache."""
     cache = KVCache(model.config.text.num_hidden_layers, input_ids.shape[1])
     model.hidden_states(input_ids[:, :-1], attention_mask[:, :-1], images, cache=cache)
     return cache
@@ -84,7 +84,7 @@ def prefill(model, input_ids, attention_mask, images):
 
 @torch.no_grad()
 def last_logits(model, input_ids, attention_mask, cache, shifts=None, rows=1):
-    """fp32 logits (B·rows,vocab) behind prompts whose prefill is in the cache, each `rows` times. The cache can be used again."""
+    """fp32 logits (B·rows,vocab) behind prompts with their prefill in the cache, each `rows` times. The cache can be used again."""
     cache = copy.copy(cache)
     if rows > 1:
         cache.repeat(rows)
@@ -96,13 +96,11 @@ def indirect_effects(model, prompt, gold, values):
     """IE of every head for one prompt (input_ids (1,T), attention_mask (1,T), images) and its gold token → (L,H) on the CPU."""
     L, H = values.shape[:2]
     ids, mask, _ = prompt
-    cache, every = prefill(model, *prompt), [(layer, head) for layer in range(L) for head in range(H)]
-    base = last_logits(model, ids, mask, cache).softmax(-1)[0, gold]
-    patched = []
+    cache, every, patched = prefill(model, *prompt), [(layer, head) for layer in range(L) for head in range(H)], []
     for heads in (every[i:i + ROWS] for i in range(0, len(every), ROWS)):
-        logits = last_logits(model, ids, mask, cache, HeadPatch(heads, values), len(heads))
-        patched.append(logits.softmax(-1)[:, gold])
-    return (torch.cat(patched) - base).view(L, H).cpu()
+        patched.append(last_logits(model, ids, mask, cache, HeadPatch(heads, values), len(heads)))
+    base = last_logits(model, ids, mask, cache).softmax(-1)[0, gold]
+    return (torch.cat(patched).softmax(-1)[:, gold] - base).view(L, H).cpu()
 
 
 def function_vector(model, heads, values):

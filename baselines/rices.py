@@ -55,7 +55,7 @@ def fingerprint(model):
     """Tells vision towers apart: a hash of some of the weights."""
     tower = model.model["vision_model"]
     some = tower.embeddings.patch_embedding.weight, tower.post_layernorm.weight
-    weights = torch.cat([w.flatten().float().cpu() for w in some])
+    weights = torch.cat([w.detach().flatten().float().cpu() for w in some])
     return hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:16] + f" {model.dtype}"
 
 
