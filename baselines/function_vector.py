@@ -84,7 +84,7 @@ def prefill(model, input_ids, attention_mask, images):
 
 @torch.no_grad()
 def last_logits(model, input_ids, attention_mask, cache, shifts=None, rows=1):
-    """fp32 logits (B·rows,vocab) behind prompts with their prefill in the cache, each `rows` times. The cache can be used again."""
+    """fp32 logits (B·rows,vocab) behind prompts whose prefill is in the cache, each `rows` times. The cache stays as it is."""
     cache = copy.copy(cache)
     if rows > 1:
         cache.repeat(rows)

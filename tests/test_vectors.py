@@ -174,10 +174,10 @@ class OnePatch(Shifts):
 
 
 def test_a_head_patched_with_its_own_output_changes_nothing(toy):
-    prompt, reader = toy.inputs(toy.dev[:1], 3), fv.HeadReader()
-    own = fv.last_logits(toy.model, *prompt[:2], fv.prefill(toy.model, *prompt), reader)
-    assert_close(own, toy.model(*prompt)[:, -1].float())
+    prompt, padded, reader = toy.inputs(toy.dev[:1], 3), toy.inputs(toy.dev[1::-1], [toy.pool[:5], toy.pool[:1]]), fv.HeadReader()
+    fv.last_logits(toy.model, *prompt[:2], fv.prefill(toy.model, *prompt), reader)
     assert fv.indirect_effects(toy.model, prompt, 40, torch.stack(reader.outputs)[:, 0]).abs().max() < 1e-6
+    assert_close(fv.last_logits(toy.model, *padded[:2], fv.prefill(toy.model, *padded)), toy.model(*padded)[:, -1].float())
 
 
 def test_indirect_effects_of_the_batched_heads_equal_patching_one_head_at_a_time(toy):
@@ -258,7 +258,9 @@ def test_a_mistake_is_named_before_the_long_work(words, message, tmp_path):
         evaluation.main(["--model", MODEL, *words, "--limit", "2", "--out", str(tmp_path)])
 
 
-def test_a_model_that_gets_nothing_right_has_no_function_vector(tiny_folder, tmp_path, shared):
+def test_real_pictures_and_questions_and_a_model_that_gets_nothing_right(tiny_folder, tmp_path, shared):
+    words = ["--dataset", "okvqa", "--data", str(shared / "data"), "--model", str(tiny_folder), "--limit", "2", "--shots", "3",
+             "--num-beams", "1", "--out", str(tmp_path), "--method"]
+    assert [evaluation.main([*words, m])["parameters"] for m in ("rices", "task-vector")] == [0, 64]
     with pytest.raises(InputError, match="prompts that the model gets right with 3 demonstrations, found none"):
-        evaluation.main(["--method", "function-vector", "--shots", "3", "--dataset", "okvqa", "--data", str(shared / "data"),
-                         "--model", str(tiny_folder), "--limit", "2", "--out", str(tmp_path)])
+        evaluation.main([*words, "function-vector"])
