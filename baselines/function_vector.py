@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from baselines.task_vector import choose_layer, inputs, load_vector, save_vector
-from data import pick_icds, render, split
+from data import pick_icds, plain, render, split
 from model import InputError, KVCache, Shifts
 
 PROMPTS, SHUFFLED, HEADS = 100, 25, 10      # clean prompts, prompts with shuffled answers, |A|
@@ -111,8 +111,8 @@ def function_vector(model, heads, values):
 
 def make(model, processor, template, features, pool, shots, seed, dev_score, batch_size=16):
     """The function vector of the pool's task → FunctionVector, what its file says of it. Arguments as task_vector.make."""
-    def first_token(query):
-        ids, _, start = split(processor, *render(template, [], query))
+    def first_token(query):                 # of the true answer, in the form in which demonstrations show answers
+        ids, _, start = split(processor, "", render(template, [], query)[1], f" {plain(query.target)}")
         return ids[start]
 
     # 1. ā: the mean head outputs of clean prompts that the model gets right.

@@ -226,7 +226,8 @@ def test_make_reads_right_prompts_only_and_takes_the_heads_of_largest_mean_effec
 # ---- The commands --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("words, method, shots", [
     (["rices"], "rices", 8), (["rices", "--order", "first", "--shots", "2"], "rices-first", 2),
-    (["task-vector"], "task-vector", 0), (["function-vector", "--samples", "9"], "function-vector", 0)])
+    (["task-vector"], "task-vector", 0), (["function-vector", "--samples", "9"], "function-vector", 0),
+    (["function-vector", "--official"], "function-vector", 0)])
 def test_each_method_runs_through_eval(words, method, shots, tmp_path):
     row = evaluation.main(["--model", MODEL, "--samples", "30", "--limit", "4", "--dev-samples", "4", "--num-beams", "1", "--out",
                            str(tmp_path), "--method", *words])
