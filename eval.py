@@ -3,10 +3,15 @@
     python eval.py --run runs/okvqa                                             # a trained adapter, zero-shot
     python eval.py --method zero-shot --dataset okvqa --model FOLDER --data FOLDER
     python eval.py --method icl --shots 8 --dataset okvqa --model FOLDER --data FOLDER --limit 500
+    python eval.py --table                                                      # every method on the toys, three seeds
+    python eval.py --method rices --order first --dataset okvqa --model FOLDER --data FOLDER
+    python eval.py --method task-vector --dataset okvqa --model FOLDER --data FOLDER       # or function-vector
+    python eval.py --run runs/okvqa --restore-shots 8                           # with demonstrations put back in the prompt
 
 A run's folder gets results.json (a list of rows {dataset, split, method, shots, metric, score (0-100), n, seed, parameters,
 prompt_tokens, ms_per_query, train_seconds}; a row of the same dataset, split, method, shots, n and seed is replaced) and
-predictions.jsonl (one line a prediction).
+predictions.jsonl (one line a prediction). shots: demonstrations in the prompt; train_seconds: what it took to make an adapter or
+a vector; parameters: the numbers that it consists of. A task or function vector is written beside them, RICES' image vectors too.
 """
 
 import argparse
@@ -20,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from baselines import function_vector, rices, task_vector
 from baselines.hificl import HiFICL
 from baselines.live import LIVE
 from baselines.lora import LoRA
@@ -32,6 +38,9 @@ from model import Idefics2, InputError, Shifts, read_json
 
 ADAPTERS = {"mimic": MimIC, "live": LIVE, "lora": LoRA, "hificl": HiFICL, "stave": STAVE,
             "prompt-tuning": PromptTuning}       # trained by train.py; a run's file is <method>.safetensors
+VECTORS = {"task-vector": task_vector.make, "function-vector": function_vector.make}      # made of demonstrations, not trained
+SHOTS = {"zero-shot": 0, "icl": 8, "rices": 8, "task-vector": 8, "function-vector": 10}   # methods without --run: default --shots
+POOL_IN_MEMORY = 4096             # samples of a pool whose image features are kept for the next queries
 PIXELS_AT_ONCE = 2_000_000        # pixels the vision tower encodes together: six COCO pictures, or a thousand toy ones
 
 
@@ -47,10 +56,11 @@ def load_model(folder, device, dtype):
     return model, processor
 
 
-def encode_images(model, processor, samples, features, progress=None):
+def encode_images(model, processor, samples, features, progress=None, encode=None):
     """Fills `features` (image id → (n_latents,d), on the model's device) with what it lacks, each distinct image once → features.
 
-    Pictures of one size go together, so that nothing is padded. progress: title of a progress bar, or None."""
+    Pictures of one size go together, so that nothing is padded. progress: title of a progress bar, or None. encode(pixel_values,
+    pixel_mask) → one tensor an image: in the place of the model's own."""
     missing = {s.image_id: s for s in samples if s.image_id not in features}
     by_size = {}
     for s in missing.values():
@@ -61,7 +71,7 @@ def encode_images(model, processor, samples, features, progress=None):
             for i in range(0, len(group), step):
                 chunk = group[i:i + step]
                 values, mask = processor.images([s.picture() for s in chunk])
-                encoded = model.encode_images(values.to(model.device), mask.to(model.device))
+                encoded = (encode or model.encode_images)(values.to(model.device), mask.to(model.device))
                 features.update(zip((s.image_id for s in chunk), encoded, strict=True))
                 bar.update(len(chunk))
     return features
@@ -89,11 +99,12 @@ def first_line(text, stop):
 
 @torch.no_grad()
 def answer(model, processor, dataset, queries, pool=(), shots=0, shifts=None, seed=0, features=None, template=None, num_beams=3,
-           length_penalty=0.0, batch_size=16, progress=None):
+           length_penalty=0.0, batch_size=16, progress=None, pick=pick_icds):
     """Generated answers for the queries, each behind `shots` ICDs drawn from `pool` → list[str], {prompt_tokens, ms_per_query}.
 
-    features: image features to use and add to (those of the pool stay in it). ms_per_query is prefill and decoding, images
-    already encoded, in milliseconds; prompt_tokens the mean number of tokens of a prompt, image tokens included."""
+    pick(pool, query, shots, seed) draws them. features: image features to use and add to (those of the pool stay in it, if it is
+    not a large one). ms_per_query is prefill and decoding, images already encoded, in milliseconds; prompt_tokens the mean number
+    of tokens of a prompt, image tokens included."""
     task = DATASETS[dataset]
     shifts = shifts if shifts is not None else Shifts()
     template = shifts.template(template or TEMPLATES[task.task])
@@ -103,8 +114,8 @@ def answer(model, processor, dataset, queries, pool=(), shots=0, shifts=None, se
     with tqdm(total=len(queries), desc=progress, unit="query", disable=not progress) as bar:
         for block in range(0, len(queries), 512):                # images of 512 queries are in memory at a time
             wanted = list(range(block, min(block + 512, len(queries))))
-            icds = {i: pick_icds(pool, queries[i], shots, f"{seed}-{queries[i].id}") for i in wanted}
-            kept = set(features) | {s.image_id for d in icds.values() for s in d}
+            icds = {i: pick(pool, queries[i], shots, f"{seed}-{queries[i].id}") for i in wanted}
+            kept = set(features) | {s.image_id for d in icds.values() for s in d if len(pool) <= POOL_IN_MEMORY}
             encode_images(model, processor, [s for i in wanted for s in (*icds[i], queries[i])], features)
             wanted.sort(key=lambda i: len(queries[i].question or ""))              # rows of like length: little padding
             for start in range(0, len(wanted), batch_size):
@@ -243,7 +254,7 @@ def add_common_arguments(parser):
 def resolve(args):
     """Fills in what depends on the machine. Raises InputError for a number or a device that cannot be."""
     for name, least in {"samples": 1, "dev_samples": 0, "limit": 1, "shots": 0, "epochs": 1, "batch_size": 1, "accumulate": 1,
-                        "draws": 0, "eval_batch_size": 1, "num_beams": 1, "rank": 1}.items():
+                        "draws": 0, "eval_batch_size": 1, "num_beams": 1, "rank": 1, "restore_shots": 0}.items():
         value = getattr(args, name, None)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, found {value}")
@@ -264,16 +275,56 @@ def generation_options(args):
             "batch_size": args.eval_batch_size}
 
 
+def nearest(args, model, processor, pool, queries, folder):
+    """RICES' choice of demonstrations for the queries; the images' vectors are kept in rices.safetensors."""
+    def encode(samples, vectors):
+        encode_images(model, processor, samples, vectors, "encode images for RICES",
+                      lambda values, mask: rices.image_vector(model, values, mask))
+
+    vectors = rices.image_vectors(model, [*pool, *queries], encode, folder / "rices.safetensors")
+    return rices.Nearest(pool, vectors, args.order)
+
+
+def make_vector(args, model, processor, pool, dev, shots, folder):
+    """A task or function vector, its layer chosen on dev, written to METHOD.safetensors → options of `evaluate`."""
+    began, features, options = time.perf_counter(), {}, generation_options(args)
+    if not dev:
+        raise InputError(f"--method {args.method}: expected dev samples to choose the layer with, found none")
+
+    def dev_score(shifts):
+        answers, _ = answer(model, processor, args.dataset, dev, shifts=shifts, features=features, **options)
+        return score(args.dataset, dev, answers, args.data)[0]
+
+    encode_images(model, processor, [*pool, *dev], features, "encode images")
+    vector, about = VECTORS[args.method](model, processor, options["template"], features, pool, shots, args.seed, dev_score,
+                                         args.eval_batch_size)
+    vector.save(folder / f"{args.method}.safetensors", method=args.method, model=Path(args.model).resolve().name, seed=args.seed,
+                dataset=args.dataset, task=args.task, shots=shots, torch=torch.__version__, **about)
+    scores = " ".join(f"{s:.1f}" for s in about["dev_scores"])
+    print(f"{args.method}: after layer {vector.layer} (the first is 0); dev score by layer: {scores}")
+    return {"shifts": vector, "parameters": vector.vector.numel(), "train_seconds": round(time.perf_counter() - began, 1)}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog=__doc__.split("\n\n", 1)[1])
     run = add_common_arguments(parser)
     run.add_argument("--run", default=None, metavar="FOLDER", help="a folder train.py wrote: its adapter, model, data and seed")
-    run.add_argument("--method", choices=("zero-shot", "icl"), default=None,
+    run.add_argument("--method", choices=SHOTS, default=None,
                      help="without --run (default: icl if --shots is given, else zero-shot)")
-    run.add_argument("--shots", type=int, default=None, help="ICDs before each query, for --method icl (default 8)")
+    run.add_argument("--shots", type=int, default=None,
+                     help="ICDs before each query, or in the prompts that a vector is made of (default 8; function-vector 10)")
+    run.add_argument("--order", choices=("last", "first"), default=None,
+                     help="for --method rices: where the most similar ICD stands (default last)")
+    run.add_argument("--restore-shots", type=int, default=None, metavar="K",
+                     help="for --run: put K ICDs back before each query (default 0)")
+    run.add_argument("--table", action="store_true",
+                     help="every method on both toys, three seeds: --out (default runs/table) gets table.md and table.json")
     run.add_argument("--split", default=None, help="train, val or test, as the dataset has it (default: the dataset's own)")
     args = parser.parse_args(argv)
+    if args.table:
+        from ablate import compare  # here, because it imports this module
+        return compare(args.out or "runs/table", [args.task])
     if args.run:                  # the run's own arguments, where the command line says nothing else
         saved = read_json(Path(args.run) / "args.json")
         if not isinstance(saved, dict) or saved.get("method") not in ADAPTERS:
@@ -283,16 +334,23 @@ def main(argv=None):
         mine = {k: v for k, v in saved.items() if k in vars(args) and k not in ("out", "shots", "method", "device", "limit")}
         parser.set_defaults(**mine)
         args = parser.parse_args(argv)
+    elif args.restore_shots is not None:
+        raise InputError(f"--restore-shots {args.restore_shots}: expected --run beside it, found none")
     if args.method == "zero-shot" and args.shots:
         raise InputError(f"--method zero-shot: expected no --shots, found {args.shots}")
     args.method = args.method or ("icl" if args.shots else "zero-shot")
+    if args.order and args.method != "rices":
+        raise InputError(f"--order {args.order}: expected --method rices, found {args.method}")
     resolve(args)
+    args.order, least = args.order or "last", {"rices": 1, "task-vector": 1, "function-vector": 2}.get(args.method, 0)
+    if args.shots is not None and args.shots < least:
+        raise InputError(f"--method {args.method}: expected --shots of at least {least}, found {args.shots}")
     model, processor = load_model(args.model, args.device, args.dtype)
     split = args.split or DATASETS[args.dataset].eval_split
     queries = load(args.dataset, args.data, split, args.task)[:args.limit]
     options, folder = generation_options(args), Path(args.out or args.run or f"runs/{args.dataset}-{args.method}")
     if args.run:
-        method, shots = saved["method"], 0
+        method, shots = saved["method"], args.restore_shots or 0
         adapter = ADAPTERS[method].load(Path(args.run) / f"{method}.safetensors").to(args.device)
         check_fits(adapter, model, args.run)
         options |= {"shifts": adapter, "parameters": count(adapter)}
@@ -300,8 +358,19 @@ def main(argv=None):
         trained = [r["train_seconds"] for r in (read_json(old) if old.exists() else []) if r["method"] == method]
         options["train_seconds"] = trained[0] if trained else 0
     else:
-        method, shots = args.method, (8 if args.shots is None else args.shots) if args.method == "icl" else 0
-    pool = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task)[0] if shots else ()
+        method, shots = args.method, SHOTS[args.method] if args.shots is None else args.shots
+    pool, dev = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task) if shots else ((), ())
+    if method in VECTORS and args.shots is None:
+        shots = max(least, min(shots, len(pool) - 1))          # few training samples: shorter prompts
+    if shots:
+        pick_icds(pool, pool[0], shots, "")                    # too few even so? say it before the long work
+    folder.mkdir(parents=True, exist_ok=True)
+    if method in VECTORS:
+        options |= make_vector(args, model, processor, pool, dev, shots, folder)
+        shots = 0
+    elif method == "rices":
+        options["pick"] = nearest(args, model, processor, pool, queries, folder)
+        method = "rices-first" if args.order == "first" else "rices"
     row = evaluate(folder, model, processor, args.dataset, split, queries, method, shots, seed=args.seed, pool=pool,
                    root=args.data, **options)
     print(table([row]))

@@ -191,6 +191,11 @@ class Shifts:
         """Whether lse has to be computed: only a subclass with an after_attention of its own can look at it."""
         return type(self).after_attention is not Shifts.after_attention
 
+    @property
+    def while_decoding(self):
+        """The shifts of a pass over one generated token, its prompt in the cache: the same, unless a subclass says otherwise."""
+        return self
+
     def student(self, model):
         return model
 
@@ -603,6 +608,7 @@ class Idefics2(nn.Module):
             return self.lm_head(states[:, -1]).float()
 
         logits = next_logits(input_ids, image_features)
+        shifts = None if shifts is None else shifts.while_decoding
         if num_beams > 1:
             cache.repeat(num_beams)
             attention_mask = attention_mask.repeat_interleave(num_beams, 0)
