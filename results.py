@@ -78,7 +78,10 @@ def picture_objects(root, folder, synonyms):
     synonyms: path of the list. Raises InputError for a bad file, or a list without a category."""
     nodes, at = read_nodes(synonyms), Path(root) / "coco/annotations"
     kept, digest = at / f"chair_{folder}.json", hashlib.sha256(Path(synonyms).read_bytes()).hexdigest()
-    if kept.exists() and (found := read_json(kept)).get("synonyms_sha256") == digest:
+    found = read_json(kept) if kept.exists() else {}
+    if not isinstance(found, dict) or (found and not isinstance(found.get("objects"), dict)):
+        raise InputError(f"{kept}: expected an object with 'objects', found another; delete it")
+    if found.get("synonyms_sha256") == digest:
         return {int(image): set(names) for image, names in found["objects"].items()}
     instances, captions = at / f"instances_{folder}.json", at / f"captions_{folder}.json"
     categories = dict(fields(c, instances, id=int, name=str) for c in records(instances, "categories"))
