@@ -1,7 +1,7 @@
 """Download the published annotations, and of COCO's pictures only those a run needs: its training and dev samples (the
 demonstrations are drawn from them) and the evaluation split.
 
-    python data.py fetch okvqa --data data                        # 12 MB, then 6,000 pictures or so (1 GB)
+    python data.py fetch okvqa --data data                        # what `train.py --dataset okvqa` reads
     python data.py fetch vqav2 --data data --limit 500            # of the evaluation split the first 500 items
     python data.py fetch coco --data data --samples 200 --seed 1  # what `train.py --samples 200 --seed 1` reads
     python data.py fetch coco --data data --list                  # the addresses instead, with the files they become
@@ -224,7 +224,7 @@ def main(words):
     parser.add_argument("--dev-samples", type=int, default=200, help="as train.py's (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="as train.py's (default %(default)s)")
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="evaluation items, as train.py's (default: all)")
-    parser.add_argument("--chair", action="store_true", help="coco: the instances and captions of CHAIR, too (240 MB)")
+    parser.add_argument("--chair", action="store_true", help="coco: the instances and captions of CHAIR, too (one large zip)")
     parser.add_argument("--threads", type=int, default=8, help="files at a time (default %(default)s)")
     parser.add_argument("--mirror", default=None, metavar="URL", help="get URL/HOST/PATH in the place of http(s)://HOST/PATH")
     parser.add_argument("--list", action="store_true", help="print addresses and files instead")
