@@ -156,6 +156,8 @@ def load_vqa(dataset, root, split):
     if (dataset, split) == ("vqav2", "val"):
         kept = vqav2_val_questions()
         listed = [q for q in listed if fields(q, questions, question_id=int)[0] in kept]
+        if not listed:
+            raise InputError(f"{questions}: expected questions of the published list, vqav2_val_questions.json, found none")
     asked, truth = {fields(q, questions, question_id=int)[0] for q in listed}, {}
     annotated = annotations.exists() or split == "train"
     if annotated:                                       # without annotations a split can be answered, but not scored

@@ -58,9 +58,9 @@ def receive(url, part, count, stop):
     """Receives what is lacking in the file `part`. Raises Broken, or what the connection raises, if it stays incomplete;
     count(n) is called for every n bytes; stop: an Event that ends it."""
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    headers = {"User-Agent": "data.py-fetch"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
-        reply = urllib.request.urlopen(request, timeout=60)
+        reply = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
     except urllib.error.HTTPError as e:
         if e.code == 416 and e.headers.get("Content-Range", "") == f"bytes */{have}":
             return                                                     # all of it was there
@@ -77,7 +77,7 @@ def receive(url, part, count, stop):
         expected = size + int(length) if (length or "").isdigit() else None      # unknown: the check of the content must do
         while chunk := reply.read(CHUNK):
             if stop.is_set():
-                raise InputError(f"{part}: expected to be finished, found an end to the work")
+                raise Broken("an end to the work")
             try:
                 file.write(chunk)
             except OSError as e:
@@ -118,10 +118,9 @@ def download(url, path, check, count, stop):
                 problem = e
         size = part.stat().st_size if part.exists() else 0
         tries, furthest = (0, size) if size > furthest else (tries + 1, furthest)
-        if tries > len(PAUSES):
+        if tries > len(PAUSES) or stop.wait(PAUSES[max(0, tries - 1)]):
             found = str(problem) or type(problem).__name__
             raise InputError(f"{url}: expected the whole file, found after {tries} tries: {found}")
-        stop.wait(PAUSES[max(0, tries - 1)])
 
 
 def check_picture(path):
@@ -232,6 +231,8 @@ def main(words):
     for name, least in {"samples": 1, "dev_samples": 0, "limit": 1, "threads": 1}.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, found {getattr(args, name)}")
+    if args.mirror is not None and not re.match("https?://.", args.mirror):
+        raise InputError(f"--mirror: expected an address that begins with http:// or https://, found {args.mirror!r}")
     root, folder = Path(args.data), Path(args.data) / args.dataset
     archives = ARCHIVES[args.dataset] | (CHAIR if args.chair and args.dataset == "coco" else {})
 

@@ -339,7 +339,7 @@ def cider(candidates: list[str], references: list[list[str]], sigma: float = 6.0
 ALIKE = ["bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub"]
 PAIRS = {pair: pair for pair in (  # read as one word, so that a "hot dog" is no dog and "home plate" no plate
     "air plane,motor bike,motor cycle,train track,traffic light,traffic signal,street light,stop light,stop sign,"
-    "fire hydrant,parking meter,suit case,sports ball,sport ball,baseball bat,baseball glove,home plate,tennis racket,"
+    "fire hydrant,parking meter,suit case,sports ball,baseball bat,baseball glove,home plate,tennis racket,"
     "wine glass,hot dog,cell phone,mobile phone,laptop computer,teddy bear,hair drier,potted plant").split(",")}
 PAIRS |= {f"{age} {animal}": animal for age in ("baby", "adult") for animal in ALIKE}  # this baby is no person,
 PAIRS |= {"passenger jet": "jet", "passenger train": "train"}                          # nor is this passenger,

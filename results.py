@@ -52,15 +52,18 @@ def score(dataset, samples, answers, root=None):
 
 def further_scores(dataset, samples, answers, root=None):
     """The scores beside the score, as the head of this file lists them → dict, empty for captions and toys."""
-    if DATASETS[dataset].metric == "cider" or not all(s.answers and s.answer_type for s in samples):
+    if DATASETS[dataset].metric == "cider" or not all(s.answers for s in samples):
         return {}
     each, found = item_scores(dataset, samples, answers, root), {}
     if dataset == "okvqa":
         found = {"score_of": "stemmed",
                  "raw_score": percent(vqa_accuracies(answers, [s.raw_answers for s in samples])),
                  "unstemmed_score": percent(vqa_accuracies(answers, [s.answers for s in samples]))}
-    return found | {f"per_{kind}_type": by_type(each, [getattr(s, f"{kind}_type") for s in samples])
-                    for kind in ("answer", "question")}
+    for name in ("answer_type", "question_type"):
+        types = [getattr(s, name) for s in samples]
+        if all(types):
+            found[f"per_{name}"] = by_type(each, types)
+    return found
 
 
 def by_type(each, types):

@@ -236,9 +236,10 @@ def test_the_list_names_an_address_for_every_file(shared, capsys):
         assert any(url.startswith("http://images.cocodataset.org/") for url, _ in lines) or dataset != "okvqa"
 
 
-@pytest.mark.parametrize("words", [["--samples", "0"], ["--limit", "0"], ["--threads", "0"], ["--dev-samples", "-1"]])
-def test_a_number_that_cannot_be_is_refused(words, tmp_path):
-    with pytest.raises(InputError, match=f"{words[0]}: expected at least"):
+@pytest.mark.parametrize("words", [["--samples", "0"], ["--limit", "0"], ["--threads", "0"], ["--dev-samples", "-1"],
+                                   ["--mirror", "here"]])
+def test_a_number_or_mirror_that_cannot_be_is_refused(words, tmp_path):
+    with pytest.raises(InputError, match=f"{words[0]}: expected a"):
         data.main(["fetch", "okvqa", "--data", str(tmp_path), *words])
 
 

@@ -175,6 +175,9 @@ def test_vqav2_is_evaluated_on_the_10000_published_questions_whatever_else_the_f
                                ("v2_mscoco_val2014_annotations.json", "annotations", annotations)):
         (tmp_path / "vqav2" / name).write_text(json.dumps({key: records}))
     assert [s.id for s in load("vqav2", tmp_path, "val")] == ids and len(ids) == 10_000
+    (tmp_path / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": questions[:1]}))
+    with pytest.raises(InputError, match="val2014_questions.json: expected questions of the published list"):
+        load("vqav2", tmp_path, "val")
 
 
 # ---- any string
