@@ -10,12 +10,17 @@
     coco/    dataset_coco.json (Karpathy's splits), train2014/*.jpg, val2014/*.jpg
 The toy datasets (toy.py) need no files.
 
+    python data.py fetch okvqa --data data                       # downloads what a run needs: fetch.py
+    python data.py show okvqa --data data --model FOLDER         # a training batch token by token, samples as PNG: show.py
+
 Letters: B rows, T tokens, N images. ICD = one in-context demonstration, shots = how many of them, query = the example to answer.
 """
 
 import random
+import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +81,7 @@ class Sample:
     id: int = 0                   # question id; for captions the image id
     question_type: str = ""
     answer_type: str = ""
+    raw_answers: list = field(default_factory=list)              # OK-VQA: what the annotators wrote, `answers` being stemmed
 
     def picture(self):
         """The PIL image. Raises InputError if the file is missing or no image."""
@@ -141,29 +147,45 @@ def fields(record, path, **kinds):
 
 
 def load_vqa(dataset, root, split):
-    """OK-VQA v1.1 and VQA v2. OK-VQA's official `answer`s are stemmed: they are scored, while `raw_answer`s are trained."""
+    """OK-VQA v1.1 and VQA v2. OK-VQA's official `answer`s are stemmed: they are scored, while `raw_answer`s are trained.
+    Of VQA v2's val split the 10,000 published questions of `vqav2_val_questions`."""
     prefix = {"okvqa": "", "vqav2": "v2_"}[dataset]
     questions = root / dataset / f"{prefix}OpenEnded_mscoco_{split}2014_questions.json"
     annotations = root / dataset / f"{prefix}mscoco_{split}2014_annotations.json"
-    truth = {}
-    if annotations.exists() or split == "train":        # without annotations a split can be answered, but not scored
+    listed = records(questions, "questions")
+    if (dataset, split) == ("vqav2", "val"):
+        kept = vqav2_val_questions()
+        listed = [q for q in listed if fields(q, questions, question_id=int)[0] in kept]
+        if not listed:
+            raise InputError(f"{questions}: expected questions of the published list, vqav2_val_questions.json, found none")
+    asked, truth = {fields(q, questions, question_id=int)[0] for q in listed}, {}
+    annotated = annotations.exists() or split == "train"
+    if annotated:                                       # without annotations a split can be answered, but not scored
         for a in records(annotations, "annotations"):
             question_id, answers = fields(a, annotations, question_id=int, answers=list)
+            if question_id not in asked:
+                continue
             scored = [fields(x, annotations, answer=str)[0] for x in answers if isinstance(x, dict)]
             if not scored:
                 raise InputError(f"{annotations}: expected answers of question {question_id}, found none")
             raw = [x.get("raw_answer", x["answer"]) for x in answers if isinstance(x, dict)]
             target = a.get("multiple_choice_answer") or Counter(raw).most_common(1)[0][0]      # ties: the first
-            truth[question_id] = scored, target, a.get("question_type", ""), a.get("answer_type", "")
+            truth[question_id] = (scored, target, a.get("question_type", ""), a.get("answer_type", ""),
+                                  raw if dataset == "okvqa" else [])
     samples = []
-    for q in records(questions, "questions"):
+    for q in listed:
         question_id, image_id, question = fields(q, questions, question_id=int, image_id=int, question=str)
-        if truth and question_id not in truth:
+        if annotated and question_id not in truth:
             raise InputError(f"{annotations}: expected an annotation of question {question_id} of {questions.name}, found none")
-        answers, target, question_type, answer_type = truth.get(question_id, ([], "", "", ""))
+        answers, target, question_type, answer_type, raw = truth.get(question_id, ([], "", "", "", []))
         image = root / f"coco/{split}2014/COCO_{split}2014_{image_id:012d}.jpg"
-        samples.append(Sample(image_id, image, question, answers, target, question_id, question_type, answer_type))
+        samples.append(Sample(image_id, image, question, answers, target, question_id, question_type, answer_type, raw))
     return samples
+
+
+def vqav2_val_questions():
+    """The ids of the 10,000 questions of VQA v2's val2014 that the papers evaluate on, from the list beside this file."""
+    return set(accumulate(read_json(Path(__file__).parent / "vqav2_val_questions.json")["distances"]))
 
 
 def stemmer(root):
@@ -454,3 +476,20 @@ def split(processor, prefix, query, answer):
     ids, offsets = processor.encode_with_offsets(prefix + query + answer)
     at = [next(i for i, o in enumerate(offsets) if o >= place) for place in (len(prefix), len(prefix + query))]
     return ids, *at
+
+
+def main(argv=None):
+    """`fetch` and `show` are files of their own, read when they are called."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["fetch"]:
+        from fetch import main as command
+    elif words[:1] == ["show"]:
+        from show import main as command
+    else:
+        raise InputError(f"data.py: expected `fetch` or `show` and a dataset, found {' '.join(words) or 'nothing'}")
+    command(words[1:])
+
+
+if __name__ == "__main__":
+    from eval import run_command
+    run_command(main)

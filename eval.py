@@ -3,25 +3,26 @@
     python eval.py --run runs/okvqa                                             # a trained adapter, zero-shot
     python eval.py --method zero-shot --dataset okvqa --model FOLDER --data FOLDER
     python eval.py --method icl --shots 8 --dataset okvqa --model FOLDER --data FOLDER --limit 500
-    python eval.py --table                                                      # every method on the toys, three seeds
     python eval.py --method rices --order first --dataset okvqa --model FOLDER --data FOLDER
     python eval.py --method task-vector --dataset okvqa --model FOLDER --data FOLDER       # or function-vector
     python eval.py --run runs/okvqa --restore-shots 8                           # with demonstrations put back in the prompt
+    python eval.py --table                                                      # every method on the toys, three seeds
+    python eval.py --score FILE --dataset okvqa --data FOLDER                   # any system's result file, without a model
+    python eval.py --score FILE --chair SYNONYMS.txt --data FOLDER              # captions: CHAIR as well
 
 A run's folder gets results.json (a list of rows {dataset, split, method, shots, metric, score (0-100), n, seed, parameters,
-prompt_tokens, ms_per_query, train_seconds}; a row of the same dataset, split, method, shots, n and seed is replaced) and
-predictions.jsonl (one line a prediction). shots: demonstrations in the prompt; train_seconds: what it took to make an adapter or
-a vector; parameters: the numbers that it consists of. A task or function vector is written beside them, RICES' image vectors too.
+prompt_tokens, ms_per_query, train_seconds} and the further scores of results.py; a row of the same dataset, split, method,
+shots, n and seed is replaced), predictions.jsonl (one line a prediction) and a result file in the official format. shots:
+demonstrations in the prompt; train_seconds: what it took to make an adapter or a vector; parameters: the numbers that it
+consists of. A task or function vector is written beside them, RICES' image vectors too.
 """
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -31,10 +32,11 @@ from baselines.live import LIVE
 from baselines.lora import LoRA
 from baselines.prompt_tuning import PromptTuning
 from baselines.stave import STAVE
-from data import DATASETS, OFFICIAL_TEMPLATES, TEMPLATES, Processor, load, pick_icds, prompts, stemmer, train_dev
-from metrics import cider, vqa_accuracy
+from data import DATASETS, OFFICIAL_TEMPLATES, TEMPLATES, Processor, load, pick_icds, prompts, train_dev
+from metrics import cider, vqa_accuracy  # noqa: F401 (from eval import cider, vqa_accuracy)
 from mimic import MimIC
 from model import Idefics2, InputError, Shifts, read_json
+from results import further_scores, official_name, official_records, score, score_file, write_atomically
 
 ADAPTERS = {"mimic": MimIC, "live": LIVE, "lora": LoRA, "hificl": HiFICL, "stave": STAVE,
             "prompt-tuning": PromptTuning}       # trained by train.py; a run's file is <method>.safetensors
@@ -143,32 +145,9 @@ def clock(device):
     return time.perf_counter()
 
 
-def score(dataset, samples, answers, root=None):
-    """→ score (0-100) and each item's (0-100), or None and Nones where the split has no annotations.
-
-    OK-VQA's official answers are stemmed: so are the answers here before they are scored (root: the --data folder)."""
-    if not all(s.answers for s in samples):
-        return None, [None] * len(samples)
-    if dataset == "okvqa":
-        answers = list(map(stemmer(root), answers))
-    if DATASETS[dataset].metric == "vqa_accuracy":
-        each = np.array([vqa_accuracy(a, s.answers) for a, s in zip(answers, samples, strict=True)])
-        overall = each.mean()
-    else:
-        overall, each = cider(answers, [s.answers for s in samples])
-    return round(100 * float(overall), 2), [round(100 * float(x), 2) for x in each]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
-def write_atomically(path, text):
-    """Under a temporary name, then renamed: a crash leaves the older file whole."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def read_lines(path):
     """The lines of a file, none if it is not there. (splitlines would cut at characters that JSON leaves as they are.)"""
     return [line for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
@@ -203,8 +182,11 @@ def evaluate(folder, model, processor, dataset, split, samples, method, shots=0,
                            progress=f"{method}{f' {shots}-shot' if shots else ''}", **options)
     total, each = score(dataset, samples, answers, root)
     row = {"dataset": dataset, "split": split, "method": method, "shots": shots, "metric": DATASETS[dataset].metric,
-           "score": total, "n": len(samples), "seed": seed, "parameters": parameters, **cost, "train_seconds": train_seconds}
+           "score": total, "n": len(samples), "seed": seed, "parameters": parameters, **cost, "train_seconds": train_seconds,
+           **further_scores(dataset, samples, answers, root)}
     add_results(folder, row, samples, answers, each)
+    if not dataset.startswith("toy"):
+        write_atomically(Path(folder) / official_name(row), json.dumps(official_records(dataset, samples, answers)) + "\n")
     return row
 
 
@@ -321,10 +303,16 @@ def main(argv=None):
     run.add_argument("--table", action="store_true",
                      help="every method on both toys, three seeds: --out (default runs/table) gets table.md and table.json")
     run.add_argument("--split", default=None, help="train, val or test, as the dataset has it (default: the dataset's own)")
+    run.add_argument("--score", default=None, metavar="FILE",
+                     help="score a result file (VQA's or COCO's format) without a model")
+    run.add_argument("--chair", default=None, metavar="FILE",
+                     help="with --score of captions: lines `node, synonym, …`; adds CHAIRs, CHAIRi and recall")
     args = parser.parse_args(argv)
     if args.table:
         from ablate import compare  # here, because it imports this module
         return compare(args.out or "runs/table", [args.task])
+    if args.score or args.chair:
+        return score_file(args)
     if args.run:                  # the run's own arguments, where the command line says nothing else
         saved = read_json(Path(args.run) / "args.json")
         if not isinstance(saved, dict) or saved.get("method") not in ADAPTERS:

@@ -3,9 +3,11 @@
     VQA       accuracy(a) = mean_i min(1, #{j != i : truth_j = a} / 3)        GT-Vision-Lab/VQA, vqaEval.py
     CIDEr-D   10 · mean_n mean_r  e^{-(l_c - l_r)² / 2σ²} · <min(g_c, g_r), g_r> / (|g_c| |g_r|)      n = 1..4
               g(w) = count(w) · (log N - log max(1, df(w)))                   Vedantam et al. 2015, pycocoevalcap
+    CHAIR     CHAIRi = invented mentions / mentions,  CHAIRs = captions that invent / captions,
+              recall = Σ |truth ∩ mentioned| / Σ |truth|                      Rohrbach et al. 2018
     tokens    Stanford PTBTokenizer 3.4.1 -preserveLines -lowerCase, less punctuation: those of pycocoevalcap
 
-No file formats, no model, no Java: grouping by answer type or question type is the caller's.
+No file formats, no model, no Java: grouping by answer type or question type is results.py's.
 """
 
 import re
@@ -329,3 +331,69 @@ def cider(candidates: list[str], references: list[list[str]], sigma: float = 6.0
     cosine *= np.exp(-((bigrams[image] - bigrams) ** 2) / (2 * sigma ** 2))
     scores = 10 * np.bincount(image[N:], cosine[N:], minlength=N) / refs_of
     return float(scores.mean()), scores
+
+
+# ------------------------------------------------------------------------------------------- CHAIR
+# Objects are mentioned by words or pairs of words of a synonym list, one object a line: "node, synonym, synonym, ...".
+
+ALIKE = ["bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub"]
+PAIRS = {pair: pair for pair in (  # read as one word, so that a "hot dog" is no dog and "home plate" no plate
+    "air plane,motor bike,motor cycle,train track,traffic light,traffic signal,street light,stop light,stop sign,"
+    "fire hydrant,parking meter,suit case,sports ball,baseball bat,baseball glove,home plate,tennis racket,"
+    "wine glass,hot dog,cell phone,mobile phone,laptop computer,teddy bear,hair drier,potted plant").split(",")}
+PAIRS |= {f"{age} {animal}": animal for age in ("baby", "adult") for animal in ALIKE}  # this baby is no person,
+PAIRS |= {"passenger jet": "jet", "passenger train": "train"}                          # nor is this passenger,
+PAIRS |= {"bow tie": "tie", "toilet seat": "toilet", "sport ball": "sports ball"}      # and this seat no chair
+IRREGULAR = {"people": "person", "children": "child", "men": "man", "mice": "mouse", "geese": "goose", "oxen": "ox"}
+ENDINGS = [("s", ""), ("xes", "x"), ("ches", "ch"), ("shes", "sh"), ("sses", "ss"), ("buses", "bus"), ("oes", "o"),
+           ("ies", "y"), ("ves", "f"), ("ves", "fe")]
+
+
+def read_synonyms(text: str) -> dict[str, str]:
+    """The synonym list → {word or pair of words: its node, which is the first of its line}; of two lines the later.
+    Raises ValueError if there is no line."""
+    lines = [[word.strip() for word in line.split(",") if word.strip()] for line in text.splitlines()]
+    nodes = {word: line[0] for line in lines if line for word in line}
+    if not nodes:
+        raise ValueError("expected lines of the form 'node, synonym, synonym', found none")
+    return nodes
+
+
+def singular(word: str, known: set[str] | dict) -> str:
+    """The singular of a word in lower case if it is one of the `known` words, else the word as it is: that is all that
+    CHAIR needs of a singulariser."""
+    if word in known or len(word) < 3:
+        return word
+    for plural, one in IRREGULAR.items():
+        if word.endswith(plural) and word[:-len(plural)] + one in known:
+            return word[:-len(plural)] + one
+    return next((word[:-len(end)] + one for end, one in ENDINGS if word.endswith(end) and word[:-len(end)] + one in known),
+                word)
+
+
+def caption_objects(caption: str, nodes: dict[str, str]) -> list[str]:
+    """The nodes that a caption mentions, in its order, repeats included. nodes: as `read_synonyms` gives them."""
+    known = nodes.keys() | {word for pair in PAIRS for word in pair.split()}
+    words = re.findall(r"[^\W_]+(?:[-/.][^\W_]+)*|[^\w\s]", re.sub("['\u2019]", " ", caption.lower()))  # man's: man, s
+    words, merged, at = [singular(word, known) for word in words], [], 0
+    while at < len(words):
+        pair = " ".join(words[at:at + 2])
+        merged.append(PAIRS.get(pair, words[at]))
+        at += 2 if pair in PAIRS else 1
+    if "toilet" in merged:
+        merged = [word for word in merged if word != "seat"]
+    return [nodes[word] for word in merged if word in nodes]
+
+
+def chair(captions: list[str], truths: list[set[str]], nodes: dict[str, str]) -> dict[str, float]:
+    """CHAIRs, CHAIRi and recall in [0, 1] of captions against the nodes that are in their pictures: those of the
+    instance annotations and of the reference captions. CHAIRi without any mention, and recall without any truth, are 0.
+    Raises ValueError if there is no caption, or not one truth a caption."""
+    if not captions or len(captions) != len(truths):
+        raise ValueError(f"chair needs 1 set of objects for each caption: got {len(captions)} captions, {len(truths)} sets")
+    mentioned = [caption_objects(caption, nodes) for caption in captions]
+    invented = [sum(node not in truth for node in found) for found, truth in zip(mentioned, truths, strict=True)]
+    hits = sum(len(truth & set(found)) for found, truth in zip(mentioned, truths, strict=True))
+    return {"chair_s": sum(map(bool, invented)) / len(captions),
+            "chair_i": sum(invented) / max(1, sum(map(len, mentioned))),
+            "recall": hits / max(1, sum(map(len, truths)))}

@@ -328,26 +328,35 @@ def _font(size):
     return ImageFont.load_default(size)
 
 
-def contact_sheet(dataset, task_number, columns=4, rows=6, zoom=4):
-    """→ PIL.Image: the hidden rule, then the first training samples, `zoom` times enlarged, with their texts."""
-    records, lines = samples(dataset, task_number, "train")[: columns * rows], describe(task(dataset, task_number))
-    big, small = _font(16), _font(13)
-    cell, gap, head = SIDE * zoom, 14, 84
-    step = cell + 52
-    sheet = Image.new("RGB", (columns * (cell + gap) + gap, head + rows * step), "white")
+def sheet(title, subtitle, items, columns=4, cell=SIDE * 4, below=52):
+    """items: (PIL image, question or None, answer) → PIL.Image, `columns` of them in a row with their texts under them.
+    cell, below: width and height of a picture, and height of its texts, in pixels."""
+    big, small, gap, head = _font(16), _font(13), 14, 84
+    step, letters = cell + below, cell * 21 // 160
+    sheet = Image.new("RGB", (columns * (cell + gap) + gap, head + -(-len(items) // columns) * step), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((gap, 10), f"{dataset}, task {task_number}", "black", big)
-    whole = "  ·  ".join(line.replace(" ", "\u00a0") for line in lines)  # so that lines break between phrases only
-    pen.multiline_text((gap, 34), textwrap.fill(whole, 92), "#666666", small)
-    for i, record in enumerate(records):
+    pen.text((gap, 10), title, "black", big)
+    pen.multiline_text((gap, 34), subtitle, "#666666", small)
+    for i, (image, question, answer) in enumerate(items):
         x, y = gap + i % columns * (cell + gap), head + i // columns * step
-        sheet.paste(record.image.resize((cell, cell), Image.Resampling.NEAREST), (x, y))
-        if record.question:
-            pen.text((x, y + cell + 4), record.question, "#888888", small)
-            pen.text((x, y + cell + 20), record.answer, "black", big)
+        scale = cell / max(image.size)
+        resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+        sheet.paste(image.resize([max(1, round(side * scale)) for side in image.size], resample), (x, y))
+        if question:
+            lines = textwrap.wrap(question, letters)
+            pen.multiline_text((x, y + cell + 4), "\n".join(lines), "#888888", small, spacing=3)
+            pen.text((x, y + cell + 4 + 16 * len(lines)), answer, "black", big)
         else:
-            pen.multiline_text((x, y + cell + 5), textwrap.fill(record.answer, 21), "black", small, spacing=3)
+            pen.multiline_text((x, y + cell + 5), textwrap.fill(answer, letters), "black", small, spacing=3)
     return sheet
+
+
+def contact_sheet(dataset, task_number, columns=4, rows=6):
+    """→ PIL.Image: the hidden rule, then the first training samples, four times enlarged, with their texts."""
+    records, lines = samples(dataset, task_number, "train")[: columns * rows], describe(task(dataset, task_number))
+    whole = "  ·  ".join(line.replace(" ", "\u00a0") for line in lines)  # so that lines break between phrases only
+    items = [(record.image, record.question, record.answer) for record in records]
+    return sheet(f"{dataset}, task {task_number}", textwrap.fill(whole, 92), items, columns)
 
 
 def main(argv=None):
