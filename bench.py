@@ -7,7 +7,7 @@ fit: `--fit layerwise` (ours) beside end-to-end training (peer), both on 8 demon
 neither changes the time. Every measurement is a process of its own, so that its peak memory is its own; peer and ours alternate
 and the median of --repeats counts. At full size (Idefics2-8b-base's decoder) one layer of one batch is measured and the whole
 extrapolated: layers x samples are told in the row. Prints a table; --out FILE writes JSON rows {what, size, device, dtype, batch,
-ours_s, peer_s, ratio = peer/ours, peak_gib, peer_peak_gib, about}.
+ours_s, peer_s, ratio = peer/ours, peak_gib, peer_peak_gib, inference_peak_gib, about}.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from data import Batch, Rows
 from eval import clock, gather, run_command, write_atomically
 from fit import advance, fit, fit_layer, is_demonstration, student, teacher
 from mimic import MimIC
-from model import Config, Idefics2, InputError, PerceiverConfig, TextConfig, VisionConfig
+from model import Config, Idefics2, InputError, PerceiverConfig, Shifts, TextConfig, VisionConfig
 from train import losses, parse
 
 SIZES = {                              # decoders; the pictures' features are random, so the vision tower is the smallest there is
@@ -35,6 +35,7 @@ SIZES = {                              # decoders; the pictures' features are ra
     "full": (TextConfig(), 64, 20),
 }                                      # decoder, image tokens a picture, text tokens an example (the last 3 are the answer)
 SHOTS = 8
+MEMORY_GB = 0.1                        # of the layer-wise fit
 
 
 def decoder(size, device, dtype, n_layers=None):
@@ -83,7 +84,7 @@ def layerwise(size, device, dtype, samples, batch_size, epochs):
         chunks = [[random_batch(size, batch_size, i)] for i in range(samples // batch_size)]
         began = clock(model.device)
         with tempfile.TemporaryDirectory() as folder:
-            fit(model, mimic, chunks, embed, [4], Path(folder))
+            fit(model, mimic, chunks, embed, [4], Path(folder), MEMORY_GB)
         return clock(model.device) - began
     batch, c = random_batch(size, batch_size), model.config.text
     with torch.no_grad():
@@ -115,6 +116,17 @@ def training(size, device, dtype, samples, batch_size, epochs):
     return (clock(model.device) - began) * missing * epochs
 
 
+def inference(size, device, dtype, samples, batch_size, epochs):
+    """Seconds of one pass of the model over a batch's demonstrations and queries."""
+    model, _, _, embed = prepared(size, device, dtype, 1 if size == "full" else None)
+    rows = random_batch(size, batch_size).teacher
+    began = clock(model.device)
+    with torch.no_grad():
+        model.model["text_model"](embed(rows), rows.attention_mask.to(device), rows.attention_mask.to(device).cumsum(1) - 1,
+                                  Shifts(), None)
+    return clock(model.device) - began
+
+
 def alone(function, queue, threads, *arguments):
     """In a process of its own: seconds and peak memory in GiB, the model's own weights included."""
     torch.set_num_threads(threads)
@@ -135,14 +147,16 @@ def measured(function, *arguments):
 
 
 def bench_fit(size, device, dtype, repeats, samples):
-    samples, batch_size, epochs = samples or {"toy": 1000, "mid": 32, "full": 1000}[size], 4 if size == "toy" else 2, 5
+    samples, batch_size, epochs = samples or {"toy": 1000, "mid": 64, "full": 1000}[size], 4 if size == "toy" else 2, 5
     runs = [[measured(side, size, device, dtype, samples, batch_size, epochs) for side in (layerwise, training)]
             for _ in tqdm(range(repeats), desc=f"fit {size}")]
+    _, needed = measured(inference, size, device, dtype, samples, batch_size, epochs)
     (ours, peak), (peer, peer_peak) = (map(statistics.median, zip(*side, strict=True)) for side in zip(*runs, strict=True))
     how = "; one layer measured, the rest extrapolated" if size == "full" else ""
     return {"what": "fit_layerwise", "size": size, "batch": batch_size, "ours_s": ours, "peer_s": peer, "ratio": peer / ours,
-            "peak_gib": peak, "peer_peak_gib": peer_peak,
-            "about": f"{samples} samples, {SHOTS} shots; peer: training, {epochs} epochs{how}"}
+            "peak_gib": peak, "peer_peak_gib": peer_peak, "inference_peak_gib": needed,
+            "about": f"{samples} samples, {SHOTS} shots, --memory-gb {MEMORY_GB}; peer: training, {epochs} epochs; "
+                     f"inference alone {needed:.2f} GiB{how}"}
 
 
 BENCHES = {"fit": bench_fit}
@@ -156,7 +170,7 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s here)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help="(default: float32, bfloat16 on cuda)")
     parser.add_argument("--repeats", type=int, default=3, help="(default %(default)s)")
-    parser.add_argument("--samples", type=int, default=None, help="(default: toy and full 1000, mid 32)")
+    parser.add_argument("--samples", type=int, default=None, help="(default: toy and full 1000, mid 64)")
     parser.add_argument("--threads", type=int, default=None, help="of the CPU (default: torch's)")
     parser.add_argument("--out", default=None, metavar="FILE", help="writes the rows as JSON")
     args = parser.parse_args(argv)

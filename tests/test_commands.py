@@ -204,3 +204,12 @@ def test_live_trains_through_the_same_command(tiny_folder, shared, tmp_path):
     assert rows[-1]["method"] == "live" and rows[-1]["parameters"] == 3 * (64 + 1)
     again = evaluation.main(["--run", str(tmp_path / "live"), "--limit", "2", "--out", str(tmp_path / "again")])
     assert again["method"] == "live"
+
+
+@pytest.mark.parametrize("dataset", ["okvqa", "coco"])
+def test_a_layer_wise_fit_runs_on_real_pictures_and_its_run_is_evaluated_again(dataset, tiny_folder, shared, tmp_path):
+    """Questions of different lengths, an instruction before the demonstrations, rows padded on the left."""
+    words = ["--fit", "layerwise", "--shots", "2", "--limit", "3", "--samples", "6"]
+    rows = run_train(dataset, tiny_folder, shared, tmp_path, *words)
+    again = evaluation.main(["--run", str(tmp_path), "--limit", "3", "--out", str(tmp_path / "again")])
+    assert again["score"] == rows[-1]["score"] and rows[-1]["train_seconds"] > 0
