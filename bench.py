@@ -3,11 +3,14 @@
     python bench.py                                       # every bench at toy and mid size
     python bench.py --only fit --size full --out bench.json
 
-fit: `--fit layerwise` (ours) beside end-to-end training (peer), both on 8 demonstrations; random weights and random tokens, as
-neither changes the time. Every measurement is a process of its own, so that its peak memory is its own; peer and ours alternate
-and the median of --repeats counts. At full size (Idefics2-8b-base's decoder) one layer of one batch is measured and the whole
-extrapolated: layers x samples are told in the row. Prints a table; --out FILE writes JSON rows {what, size, device, dtype, batch,
-ours_s, peer_s, ratio = peer/ours, peak_gib, peer_peak_gib, inference_peak_gib, about}.
+fit    `--fit layerwise` (ours) beside end-to-end training (peer), both on 8 demonstrations; random weights and random tokens, as
+       neither changes the time. At full size (Idefics2-8b-base's decoder) one layer of one batch is measured, the rest extrapolated
+cider  ours beside pycocoevalcap (to be installed, with Java): of each picture of --captions the first caption is scored against
+       the others
+
+Every measurement is a process of its own, so that its peak memory is its own; peer and ours alternate, and the median of
+--repeats counts. Prints a table; --out FILE writes JSON rows {what, size, device, dtype, batch, ours_s, peer_s, ratio = peer/ours,
+peak_gib, peer_peak_gib, inference_peak_gib, about}.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import multiprocessing
 import resource
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,8 +29,9 @@ from tqdm import tqdm
 from data import Batch, Rows
 from eval import clock, gather, run_command, write_atomically
 from fit import advance, fit, fit_layer, is_demonstration, student, teacher
+from metrics import cider
 from mimic import MimIC
-from model import Config, Idefics2, InputError, PerceiverConfig, Shifts, TextConfig, VisionConfig
+from model import Config, Idefics2, InputError, PerceiverConfig, Shifts, TextConfig, VisionConfig, read_json
 from train import losses, parse
 
 SIZES = {                              # decoders; the pictures' features are random, so the vision tower is the smallest there is
@@ -146,20 +151,57 @@ def measured(function, *arguments):
     return queue.get()
 
 
-def bench_fit(size, device, dtype, repeats, samples):
-    samples, batch_size, epochs = samples or {"toy": 1000, "mid": 64, "full": 1000}[size], 4 if size == "toy" else 2, 5
-    runs = [[measured(side, size, device, dtype, samples, batch_size, epochs) for side in (layerwise, training)]
-            for _ in tqdm(range(repeats), desc=f"fit {size}")]
-    _, needed = measured(inference, size, device, dtype, samples, batch_size, epochs)
-    (ours, peak), (peer, peer_peak) = (map(statistics.median, zip(*side, strict=True)) for side in zip(*runs, strict=True))
-    how = "; one layer measured, the rest extrapolated" if size == "full" else ""
-    return {"what": "fit_layerwise", "size": size, "batch": batch_size, "ours_s": ours, "peer_s": peer, "ratio": peer / ours,
-            "peak_gib": peak, "peer_peak_gib": peer_peak, "inference_peak_gib": needed,
-            "about": f"{samples} samples, {SHOTS} shots, --memory-gb {MEMORY_GB}; peer: training, {epochs} epochs; "
-                     f"inference alone {needed:.2f} GiB{how}"}
+def side_by_side(ours, peer, repeats, what, *arguments):
+    """Ours and the peer's, alternating → {ours_s, peer_s, ratio, peak_gib, peer_peak_gib}, medians."""
+    runs = [[measured(side, *arguments) for side in (ours, peer)] for _ in tqdm(range(repeats), desc=what)]
+    (seconds, peak), (peer_seconds, peer_peak) = (map(statistics.median, zip(*s, strict=True)) for s in zip(*runs, strict=True))
+    return {"what": what, "ours_s": seconds, "peer_s": peer_seconds, "ratio": peer_seconds / seconds, "peak_gib": peak,
+            "peer_peak_gib": peer_peak}
 
 
-BENCHES = {"fit": bench_fit}
+def bench_fit(args, dtype):
+    for size in args.size:
+        samples, batch_size, epochs = args.samples or {"toy": 1000, "mid": 64, "full": 1000}[size], 4 if size == "toy" else 2, 5
+        words = size, args.device, getattr(torch, dtype), samples, batch_size, epochs
+        _, needed = measured(inference, *words)
+        how = "; one layer measured, the rest extrapolated" if size == "full" else ""
+        yield {**side_by_side(layerwise, training, args.repeats, "fit_layerwise", *words), "size": size, "batch": batch_size,
+               "inference_peak_gib": needed, "about": f"{samples} samples, {SHOTS} shots, --memory-gb {MEMORY_GB}; peer: "
+               f"training, {epochs} epochs; inference alone {needed:.2f} GiB{how}"}
+
+
+def captions(path):
+    """{id: [captions]} → the first caption of each picture as candidate, the others as its references."""
+    found = [c for c in read_json(path).values() if len(c) > 1]
+    return [c[0] for c in found], [c[1:] for c in found]
+
+
+def our_cider(path, device):
+    candidates, references = captions(path)
+    began = time.perf_counter()
+    print(f"ours {cider(candidates, references)[0]:.6f}")
+    return time.perf_counter() - began
+
+
+def their_cider(path, device):
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+    candidates, references = captions(path)
+    began = time.perf_counter()
+    tokens = [PTBTokenizer().tokenize({i: [{"caption": c} for c in group] for i, group in enumerate(side)})
+              for side in (references, [[c] for c in candidates])]
+    print(f"peer {Cider().compute_score(*tokens)[0]:.6f}")
+    return time.perf_counter() - began
+
+
+def bench_cider(args, dtype):
+    if args.captions:
+        n = len(captions(args.captions)[0])
+        yield {**side_by_side(our_cider, their_cider, args.repeats, "cider", args.captions, "cpu"), "size": "-", "batch": n,
+               "about": f"{n} captions; peer: pycocoevalcap, its Java tokenizer included"}
+
+
+BENCHES = {"fit": bench_fit, "cider": bench_cider}
 
 
 def main(argv=None):
@@ -171,6 +213,7 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help="(default: float32, bfloat16 on cuda)")
     parser.add_argument("--repeats", type=int, default=3, help="(default %(default)s)")
     parser.add_argument("--samples", type=int, default=None, help="(default: toy and full 1000, mid 64)")
+    parser.add_argument("--captions", default=None, metavar="FILE", help="for cider: JSON {image id: [captions]}")
     parser.add_argument("--threads", type=int, default=None, help="of the CPU (default: torch's)")
     parser.add_argument("--out", default=None, metavar="FILE", help="writes the rows as JSON")
     args = parser.parse_args(argv)
@@ -179,12 +222,11 @@ def main(argv=None):
     dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     rows = []
     print(f"{'what':<16}{'size':<6}{'ours s':>10}{'peer s':>10}{'ratio':>8}{'peak GiB':>10}{'peer GiB':>10}  about")
-    for size in args.size:
-        for name in args.only:
-            row = BENCHES[name](size, args.device, getattr(torch, dtype), args.repeats, args.samples)
+    for name in args.only:
+        for row in BENCHES[name](args, dtype):
             rows.append({**row, "device": args.device, "dtype": dtype})
-            print(f"{row['what']:<16}{size:<6}{row['ours_s']:>10.3g}{row['peer_s']:>10.3g}{row['ratio']:>8.2f}{row['peak_gib']:>10.2f}"
-                  f"{row['peer_peak_gib']:>10.2f}  {row['about']}")
+            print(f"{row['what']:<16}{row['size']:<6}{row['ours_s']:>10.3g}{row['peer_s']:>10.3g}{row['ratio']:>8.2f}"
+                  f"{row['peak_gib']:>10.2f}{row['peer_peak_gib']:>10.2f}  {row['about']}")
     if args.out:
         write_atomically(args.out, json.dumps(rows, indent=1) + "\n")
     return rows
