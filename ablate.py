@@ -11,6 +11,7 @@ goes on. Prints a table of test scores, mean and standard deviation over tasks a
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -93,7 +94,7 @@ GROUPS = {                                          # group → row → options 
         "layer-wise fit": LAYERWISE,
         "training": [],
         "layer-wise fit of a constant shift": [*LAYERWISE, "--mu", "one"],
-    }.items() for n in (20, 50, 200, 1000)},
+    }.items() for n in (20, 50, 200, 1000)} | {"8-shot ICL, 1000": ["eval", "--shots", "8"]},
     "layerwise": {
         "20 samples": [*LAYERWISE, "--samples", "20"],
         "20, 1 draw": [*LAYERWISE, "--samples", "20", "--draws", "1"],
@@ -133,9 +134,13 @@ def run_all(group, dataset, only, tasks, seeds, workers, out):
                 for name in rows:
                     folder = Path(out) / dataset / group / name.replace(", ", "-").replace(" ", "-") / f"task{task}-seed{seed}"
                     jobs[pool.submit(run, dataset, GROUPS[group][name], task, seed, folder)] = name, task, seed
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc=dataset, unit="run"):
-            name, *where = jobs[job]
-            rows[name][tuple(where)] = job.result()
+        try:
+            for job in tqdm(as_completed(jobs), total=len(jobs), desc=dataset, unit="run"):
+                name, *where = jobs[job]
+                rows[name][tuple(where)] = job.result()
+        except BaseException:                       # do not start what waits
+            pool.shutdown(cancel_futures=True)
+            raise
     return rows
 
 
@@ -171,12 +176,15 @@ def figure(path, scores):
     plt.figure(figsize=(6, 4), dpi=120)
     for method, points in curves.items():
         n, mean, sd = map(np.array, zip(*points, strict=True))
+        if len(n) == 1:                             # demonstrations in the prompt: a level, whatever is learnt
+            plt.axhline(mean[0], color="grey", ls="--", label=method)
+            continue
         plt.plot(n, mean, "o-", label=method)
         plt.fill_between(n, mean - sd, np.minimum(mean + sd, 100), alpha=0.2)
     plt.xscale("log")
-    plt.xticks(n, n)
+    plt.xticks(ticks := sorted({n for points in curves.values() for n, *_ in points}), ticks)
     plt.xlabel("training samples")
-    plt.ylabel("accuracy in %, no demonstration in the prompt")
+    plt.ylabel("accuracy in %")
     plt.legend(loc="center right", fontsize=8)
     plt.grid(alpha=0.3)
     plt.tight_layout()
@@ -199,6 +207,8 @@ def main(argv=None):
         raise InputError(f"--only: expected rows of {args.group} ({'; '.join(GROUPS[args.group])}), found {'; '.join(unknown)}")
     if args.figure and args.group != "samples":
         raise InputError(f"--figure: expected the group samples, found {args.group}")
+    if args.figure and not importlib.util.find_spec("matplotlib"):
+        raise InputError("--figure: expected matplotlib (pip install matplotlib), found none")
     rows = run_all(args.group, args.dataset, args.only, args.tasks, args.seeds, args.workers, args.out)
     lines = [f"| {args.dataset} | mean | sd | " + " | ".join(f"task {t}" for t in args.tasks) + " | train s |",
              "|---|---|---|" + "---|" * (len(args.tasks) + 1)]

@@ -16,6 +16,7 @@ The toy datasets (toy.py) need no files.
 Letters: B rows, T tokens, N images. ICD = one in-context demonstration, shots = how many of them, query = the example to answer.
 """
 
+import functools
 import random
 import sys
 from collections import Counter
@@ -188,6 +189,7 @@ def vqav2_val_questions():
     return set(accumulate(read_json(Path(__file__).parent / "vqav2_val_questions.json")["distances"]))
 
 
+@functools.lru_cache(maxsize=1)
 def stemmer(root):
     """OK-VQA's stemming of answers (racing → race), read off the training annotations, which hold both forms → str → str.
 

@@ -309,6 +309,8 @@ def main(argv=None):
                      help="with --score of captions: lines `node, synonym, …`; adds CHAIRs, CHAIRi and recall")
     args = parser.parse_args(argv)
     if args.table:
+        if differ := [k for k, v in vars(args).items() if v != parser.get_default(k) and k not in ("table", "out", "task")]:
+            raise InputError(f"--table: expected --out and --task beside it, found --{differ[0].replace('_', '-')}")
         from ablate import compare  # here, because it imports this module
         return compare(args.out or "runs/table", [args.task])
     if args.score or args.chair:

@@ -40,6 +40,11 @@ class Watch(Shifts):
         return out
 
 
+def exact(x):
+    """In fp32 at least: Δ is a small difference of large states."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def geometry(model, rows):
     """cos, sin and mask of every decoder layer on these rows."""
     present, text = rows.attention_mask.to(model.device), model.config.text
@@ -61,13 +66,14 @@ def teacher(model, layer, x, rows, demonstrations, T_q):
     above = torch.cat([above, block(layer, x[:, last], cos[:, :, last], sin[:, :, last], mask[:, :, last], watch, cache)], 1)
     seen = mask[:, :, last] & demonstrations[:, None, None].to(mask.device)
     _, log_z1 = attention(watch.q, watch.k, watch.k[..., :1], seen)
-    return x[:, last] + block.self_attn.o_proj(merge_heads(watch.out)), log_z1, above
+    return exact(x[:, last]) + exact(block.self_attn.o_proj(merge_heads(watch.out))), log_z1, above
 
 
 def student(model, layer, x, rows):
     """Step 2: x_S + A_S (B,T,d), q (B,H,T,D) and log Z2 (B,H,T)."""
     block, watch = model.model["text_model"].layers[layer], Watch()
-    return x + block.self_attn(layer, block.input_layernorm(x), *geometry(model, rows), watch, None), watch.q, watch.lse
+    A_S = block.self_attn(layer, block.input_layernorm(x), *geometry(model, rows), watch, None)
+    return exact(x) + exact(A_S), watch.q, watch.lse
 
 
 def advance(model, layer, x, rows, shifts):
@@ -78,22 +84,38 @@ def advance(model, layer, x, rows, shifts):
 # ---------------------------------------------------------------------------------------------------------------------
 # The regression of one layer
 # ---------------------------------------------------------------------------------------------------------------------
+def f_of(weight, bias, q):
+    """f(q) = weight·q + bias of every head.  weight (H,D), bias (H), q (H,N,D) → (N,H)."""
+    return (torch.einsum("hnd,hd->hn", q, weight) + bias[:, None]).T
+
+
 def start_f(q, log_z1, ridge=1e-3):
-    """Step 4, f: each head's ridge regression of log Z1 on [q; 1].  q (N,H,D), log_z1 (N,H) → weight (H,D), bias (H)."""
-    q_mean, z_mean = q.mean(0), log_z1.mean(0)
-    gram, right = torch.einsum("nhd,nhe->hde", q - q_mean, q - q_mean), torch.einsum("nhd,nh->hd", q - q_mean, log_z1 - z_mean)
-    gram.diagonal(dim1=1, dim2=2).add_(ridge * len(q))
+    """Step 4, f: each head's ridge regression of log Z1 on [q; 1].  q (H,N,D), log_z1 (N,H) → weight (H,D), bias (H)."""
+    q_mean, z_mean, z = q.mean(1), log_z1.mean(0), (log_z1 - log_z1.mean(0)).T.unsqueeze(-1)       # z (H,N,1)
+    gram = covariance(q, q_mean) * q.shape[1]
+    gram.diagonal(dim1=1, dim2=2).add_(ridge * q.shape[1])
+    right = (q.mT @ z).squeeze(-1)                                 # q need not be centred where z is
     weight = torch.linalg.solve(gram.double(), right.double()).to(q.dtype)
     return weight, z_mean - (weight * q_mean).sum(-1)
 
 
+def covariance(q, q_mean):
+    """Of the queries of every head, (H,D,D); head by head, so that no second copy of q is made."""
+    return torch.stack([(x - m).T @ (x - m) / len(x) for x, m in zip(q, q_mean, strict=True)])
+
+
+def normal_o(w_o):
+    """W_oᵀW_o (H,D,H,D) in fp64: in fp32 the normal equations may lose their definiteness."""
+    return torch.einsum("dhi,dkj->hikj", w_o.double(), w_o.double())
+
+
 def best_v(mu, delta, w_o, gram_o, ridge=1e-6):
-    """Step 4, v: argmin_v Σ_n ‖Σ_h μ̃_nh W_o^h v_h − Δ_n‖².  mu (N,H), delta (N,d), w_o (d,H,D), gram_o = W_oᵀW_o → v (H,D).
+    """Step 4, v: argmin_v Σ_n ‖Σ_h μ̃_nh W_o^h v_h − Δ_n‖².  mu (N,H), delta (N,d), w_o (d,H,D), gram_o: `normal_o` → v (H,D).
 
     Block (h,h') of the normal equations is (Σ_n μ̃_h μ̃_h') · W_o^hᵀ W_o^h': no matrix has both N and H·D rows and columns.
     ridge: times the mean of their diagonal, so that unused heads get v = 0."""
     H, D = w_o.shape[1:]
-    gram = ((mu.T @ mu)[:, None, :, None] * gram_o.view(H, D, H, D)).reshape(H * D, H * D).double()
+    gram = ((mu.T.double() @ mu.double())[:, None, :, None] * gram_o).reshape(H * D, H * D)
     gram.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-30))
     right = torch.einsum("dhi,hd->hi", w_o, mu.T @ delta).double()
     return torch.cholesky_solve(right.view(-1, 1), torch.linalg.cholesky(gram)).view(H, D).to(mu.dtype)
@@ -101,58 +123,61 @@ def best_v(mu, delta, w_o, gram_o, ridge=1e-6):
 
 def unexplained(mu, v, delta, w_o):
     """Share of Δ's squares that the shift leaves: Σ_n ‖Σ_h μ̃_h W_o^h v_h − Δ‖² / Σ_n ‖Δ‖², a scalar; by its three products."""
-    u, total = torch.einsum("dhi,hi->hd", w_o, v), delta.pow(2).sum()                              # u_h = W_o^h v_h
+    u, total = torch.einsum("dhi,hi->hd", w_o, v), torch.linalg.vector_norm(delta) ** 2            # u_h = W_o^h v_h
     return (total - 2 * ((mu.T @ delta) * u).sum() + ((mu.T @ mu) * (u @ u.T)).sum()) / total
 
 
-def refine(weight, bias, q, log_z2, delta, w_o, iterations=100, penalty=1e-3):
-    """Step 5: f that leaves the least of Δ, with the v that is best for it → weight (H,D), bias (H), v (H,D).
+def refine(weight, bias, q, log_z2, delta, w_o, gram_o, iterations=100, penalty=1e-3):
+    """Step 5: f that leaves the least of Δ, with the v that is best for it → weight (H,D), bias (H), v (H,D), μ̃ (N,H).
 
-    The error of a pair (f, best v of f) has the gradient that it has at that v held fixed (variable projection), so L-BFGS
-    walks over f alone; over the coordinates in which a head's queries are white, where its variance is a plain square.
-    penalty: on that variance (mean over heads); without it heads saturate early and stay in worse minima."""
-    q_mean, gram_o = q.mean(0), torch.einsum("dhi,dkj->hikj", w_o, w_o)
-    covariance = torch.einsum("nhd,nhe->hde", q - q_mean, q - q_mean) / len(q)
-    variances = covariance.diagonal(dim1=1, dim2=2)
+    The error of a pair (f, best v of f) has the gradient that it has at that v held fixed (variable projection, up to best_v's
+    ridge), so L-BFGS walks over f alone; over the coordinates in which a head's queries are white, where the variance of f is a
+    plain square. penalty: on that variance, mean over heads; without it heads saturate early and stay in worse minima.
+    q (H,N,D) is made white in place: it is the largest tensor of a layer."""
+    q_mean = q.mean(1)
+    spread = covariance(q, q_mean)
+    variances = spread.diagonal(dim1=1, dim2=2)
     variances.add_(1e-2 * variances.mean(-1, keepdim=True))                # directions that queries hardly take stay quiet
-    lower = torch.linalg.cholesky(covariance)                                                               # (H,D,D)
-    q_white = torch.linalg.solve_triangular(lower, (q - q_mean).permute(1, 2, 0), upper=False)              # (H,D,N)
+    lower = torch.linalg.cholesky(spread)                                                                   # (H,D,D)
+    for h in range(len(q)):
+        q[h] = torch.linalg.solve_triangular(lower[h], (q[h] - q_mean[h]).T, upper=False).T
     a = torch.einsum("hde,hd->he", lower, weight).requires_grad_()
     b = (bias + (weight * q_mean).sum(-1)).requires_grad_()
-
-    def mu():
-        return mixing_weight((torch.einsum("hdn,hd->hn", q_white, a) + b[:, None]).T, log_z2)
 
     def closure():
         optimiser.zero_grad()
         with torch.enable_grad():
-            now = mu()
-            error = unexplained(now, best_v(now.detach(), delta, w_o, gram_o), delta, w_o)
-            (error + penalty * a.pow(2).sum(-1).mean()).backward()
-        return error.detach() + penalty * a.detach().pow(2).sum(-1).mean()
+            mu = mixing_weight(f_of(a, b, q), log_z2)
+            error = unexplained(mu, best_v(mu.detach(), delta, w_o, gram_o), delta, w_o)
+            loss = error + penalty * a.pow(2).sum(-1).mean()
+            loss.backward()
+        return loss.detach()
 
     optimiser = torch.optim.LBFGS([a, b], max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
     optimiser.step(closure)
     with torch.no_grad():
+        mu = mixing_weight(f_of(a, b, q), log_z2)
         weight = torch.linalg.solve_triangular(lower.mT, a.unsqueeze(-1), upper=True).squeeze(-1)
-        return weight, b - (weight * q_mean).sum(-1), best_v(mu(), delta, w_o, gram_o)
+        return weight, b - (weight * q_mean).sum(-1), best_v(mu, delta, w_o, gram_o), mu
 
 
 def fit_layer(mimic, layer, q, log_z1, log_z2, delta, w_o):
     """Steps 4 and 5: sets the layer's f and v → the shares of Δ explained at the start and in the end.
 
-    q (N,H,D), log_z1 and log_z2 (N,H), delta (N,d), w_o (d,H,D), all in one dtype, fp32 or fp64."""
-    gram_o = torch.einsum("dhi,dkj->hikj", w_o, w_o)
+    q (H,N,D), overwritten; log_z1 and log_z2 (N,H), delta (N,d), w_o (d,H,D), all in one dtype, fp32 or fp64."""
+    gram_o = normal_o(w_o)
     if mimic.mu_of == "one":                                     # the control: μ̃ = 1, the vector alone
-        weight, bias, mu = torch.zeros_like(q[0]), torch.zeros_like(q[0, :, 0]), torch.ones_like(log_z2)
+        weight, bias, mu = torch.zeros_like(q[:, 0]), torch.zeros_like(q[:, 0, 0]), torch.ones_like(log_z2)
     else:
         weight, bias = start_f(q, log_z1)
-        mu = mixing_weight(torch.einsum("nhd,hd->nh", q, weight) + bias, log_z2)
+        mu = mixing_weight(f_of(weight, bias, q), log_z2)
     v = best_v(mu, delta, w_o, gram_o)
     start = end = 1 - unexplained(mu, v, delta, w_o)
+    if not torch.isfinite(start):
+        raise InputError(f"layer {layer}: expected a shift to fit, found one that is 0 or not finite (do the demonstrations lie "
+                         "within the model's attention window?)")
     if mimic.mu_of == "head":
-        refined = refine(weight, bias, q, log_z2, delta, w_o)
-        mu = mixing_weight(torch.einsum("nhd,hd->nh", q, refined[0]) + refined[1], log_z2)
+        *refined, mu = refine(weight, bias, q, log_z2, delta, w_o, gram_o)
         if (share := 1 - unexplained(mu, refined[2], delta, w_o)) > start:
             (weight, bias, v), end = refined, share
     for parameter, value in zip((mimic.f_weight, mimic.f_bias, mimic.vector), (weight, bias, v), strict=True):
@@ -183,68 +208,69 @@ class States:
         return x.to(like.device, like.dtype)
 
 
+def plan(model, chunks, image_ids, tokens, memory_gb):
+    """→ the columns that count, one (B,T_q) bool a chunk, and whether the states have to lie on disk.
+
+    chunks: a list of lists of Batch, the same queries with another draw of demonstrations each, as data.collate makes them.
+    tokens: "all" of query and answer, "text" (all but image tokens) or "answer". memory_gb (1e9 bytes): for the states of all
+    chunks and for one layer's regression. Raises InputError if the regression alone is larger."""
+    text, kept = model.config.text, []
+    for batch, *_ in chunks:
+        ids, answer = (x[:, -batch.align.shape[1]:] for x in (batch.student.input_ids, batch.answer))
+        text_only = batch.align & ~torch.isin(ids, torch.tensor(image_ids))
+        kept.append({"all": batch.align, "text": text_only, "answer": answer}[tokens])
+    N, HD, d = sum(int(k.sum()) for k in kept), text.num_attention_heads * text.head_dim, text.hidden_size
+    layer_gb = (4 * N * (HD + d) + 4 * 8 * HD ** 2) / 1e9           # q and Δ in fp32; the normal equations, on the way to v
+    if layer_gb > memory_gb:
+        raise InputError(f"--memory-gb: expected at least {layer_gb:.2g} for {N:,} tokens of one layer, found {memory_gb:g}")
+    columns = sum(rows.input_ids.numel() for draws in chunks for rows in (draws[0].student, *(b.teacher for b in draws)))
+    return kept, layer_gb + columns * d * model.lm_head.weight.element_size() / 1e9 > memory_gb
+
+
 @torch.no_grad()
-def fit(model, mimic, chunks, embed, image_ids, folder, memory_gb=4.0, tokens="all"):
+def fit(model, mimic, chunks, kept, on_disk, embed, folder):
     """Fits every layer of `mimic` (already on the model's device) → the shares of Δ that each layer explains.
 
-    chunks: a list of lists of Batch, the same queries with another draw of demonstrations each, as data.collate makes them;
-    embed(rows) → embeddings (B,T,d), images in place. tokens: kept ones, "all" of query and answer, "text" (all but image
-    tokens) or "answer". memory_gb: beyond it the states live in folder/states as bf16. After each layer the adapter is
-    written to folder/fit.safetensors; a fit that finds one there goes on behind its last layer."""
-    if mimic.z2 != "masked" or mimic.mu_of == "layer":
-        raise InputError("--fit layerwise: expected --z2 masked and --mu head or one, found others")
-    text, path = model.config.text, folder / "fit.safetensors"
-    L, H, D, d = text.num_hidden_layers, text.num_attention_heads, text.head_dim, text.hidden_size
-    kept, demonstrations = [], []
-    for draws in chunks:
-        batch, T_q = draws[0], draws[0].align.shape[1]
-        ids = batch.student.input_ids[:, -T_q:]
-        kept.append({"all": batch.align, "text": batch.align & ~torch.isin(ids, torch.tensor(image_ids)),
-                     "answer": batch.answer[:, -T_q:]}[tokens])
-        demonstrations.append([is_demonstration(b) for b in draws])
-    n_kept = sum(int(k.sum()) for k in kept)
-    row_bytes = d * torch.finfo(model.dtype).bits // 8
-    states_gb = row_bytes * sum(b.teacher.input_ids.numel() + draws[0].student.input_ids.numel() / len(draws)
-                                for draws in chunks for b in draws) / 1e9
-    layer_gb = 4 * n_kept * (4 * H * D + 2 * d) / 1e9                       # q, q white, two copies on the way; Δ, Δ on the way
-    if layer_gb > memory_gb:
-        raise InputError(f"--memory-gb: expected at least {layer_gb:.1f} for {n_kept:,} tokens of one layer, found {memory_gb}")
-    states = States(folder / "states" if states_gb + layer_gb > memory_gb else None)
-    done, shares = 0, []
+    chunks, kept, on_disk: as of `plan`; embed(rows) → embeddings (B,T,d), images in place. on_disk: the states of all chunks lie
+    in folder/states, as bf16. After each layer the adapter is written to folder/fit.safetensors; a fit that finds one there
+    goes on behind its last layer."""
+    text, path, shares = model.config.text, folder / "fit.safetensors", []
+    L, H, D, d, dtype = text.num_hidden_layers, text.num_attention_heads, text.head_dim, text.hidden_size, mimic.vector.dtype
     if path.exists():
-        older = MimIC.load(path)
+        mimic.load_state_dict(MimIC.load(path).state_dict())
         with safe_open(path, "pt") as file:
             shares = json.loads(file.metadata()["shares"])
-        mimic.load_state_dict(older.state_dict())
-        done = len(shares)
-
+    done = len(shares)
+    if done == L:
+        return shares
+    states, N = States(folder / "states" if on_disk else None), sum(int(k.sum()) for k in kept)
+    demonstrations = [[is_demonstration(batch) for batch in draws] for draws in chunks]
     for c, draws in enumerate(chunks):
         states.put(f"student-{c}", embed(draws[0].student))
         for n, batch in enumerate(draws):
             states.put(f"teacher-{c}-{n}", embed(batch.teacher))
     with tqdm(total=L * len(chunks), desc="fit", unit="chunk") as bar:
         for layer in range(L):
-            w_o = model.model["text_model"].layers[layer].self_attn.o_proj.weight
-            q, log_z1, log_z2, delta = (torch.empty(n_kept, *shape, dtype=mimic.vector.dtype, device=model.device)
-                                        for shape in ((H, D), (H,), (H,), (d,)))
-            at = 0
+            w_o, at = model.model["text_model"].layers[layer].self_attn.o_proj.weight, 0
+            q, log_z1, log_z2, delta = (torch.empty(*shape, dtype=dtype, device=model.device)
+                                        for shape in ((H, N, D), (N, H), (N, H), (N, d)))
             for c, draws in enumerate(chunks):
                 T_q, keep = kept[c].shape[1], kept[c].to(model.device)
+                here = slice(at, at := at + int(keep.sum()))
                 h_T = z1 = 0.0
                 for n, batch in enumerate(draws):                            # 1. teacher: the mean over its draws
                     h, z, above = teacher(
                         model, layer, states.get(f"teacher-{c}-{n}", w_o), batch.teacher, demonstrations[c][n], T_q)
                     states.put(f"teacher-{c}-{n}", above)
-                    h_T, z1 = h_T + h.to(delta.dtype) / len(draws), z1 + z / len(draws)
+                    h_T, z1 = h_T + h.to(dtype) / len(draws), z1 + z / len(draws)
                 if layer >= done:
                     h_S, queries, z2 = student(model, layer, states.get(f"student-{c}", w_o), draws[0].student)   # 2. student
-                    here = slice(at, at := at + int(keep.sum()))
                     delta[here] = (h_T - h_S[:, -T_q:])[keep]                                                     # 3. target
-                    for whole, x in (q, queries), (log_z1, z1), (log_z2, z2):
-                        whole[here] = x[:, :, -T_q:].transpose(1, 2)[keep].to(whole.dtype)
+                    q[:, here] = queries[:, :, -T_q:].transpose(0, 1)[:, keep].to(dtype)
+                    log_z1[here], log_z2[here] = (x[:, :, -T_q:].transpose(1, 2)[keep].to(dtype) for x in (z1, z2))
                 bar.update()
             if layer >= done:                                                # 4. start and 5. refine
-                shares.append(fit_layer(mimic, layer, q, log_z1, log_z2, delta, w_o.to(q.dtype).view(d, H, D))[1])
+                shares.append(fit_layer(mimic, layer, q, log_z1, log_z2, delta, w_o.to(dtype).view(d, H, D))[1])
                 mimic.save(path, shares=json.dumps(shares))
                 bar.set_postfix(explained=" ".join(f"{x:.2f}" for x in shares[-6:]))
             for c, draws in enumerate(chunks):                               # 6. advance

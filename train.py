@@ -48,7 +48,7 @@ from eval import (
     template_of,
     write_atomically,
 )
-from fit import fit, is_demonstration
+from fit import fit, is_demonstration, plan
 from mimic import Recorder, align_loss
 from model import InputError, read_json
 
@@ -119,14 +119,15 @@ def parse(argv):
                               help="share of the steps with a rising rate, then cosine (default %(default)s)")
     optimisation.add_argument("--weight-decay", type=float, default=1e-3, help="of AdamW (default %(default)s)")
     optimisation.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default %(default)s)")
-    run.add_argument("--memory-gb", type=float, default=4.0, metavar="GB",
+    run.add_argument("--memory-gb", type=float, default=8.0, metavar="GB",
                      help="for the states and tokens of a layer-wise fit; states beyond it go to disk (default %(default)s)")
     run.add_argument("--compare", type=int, nargs="*", default=None, metavar="K",
                      help="evaluate in-context learning too, with these shots, 0 = zero-shot (toys: 0 1 2 4 8, else none)")
     args = parser.parse_args(argv)
     resolve(args)
     toy = args.dataset.startswith("toy")
-    args.out = args.out or f"runs/{args.dataset}" + ("" if args.method == "mimic" else f"-{args.method}")
+    kind = "-layerwise" if args.fit == "layerwise" else "-polished" if args.init == "layerwise" else ""
+    args.out = args.out or f"runs/{args.dataset}" + ("" if args.method == "mimic" else f"-{args.method}") + kind
     lr, toy_lr, *weights = DEFAULTS[args.method]
     args.lr = (toy_lr if toy and args.init == "random" else lr) if args.lr is None else args.lr
     args.lambda_align, args.lambda_ce, args.shots = (
@@ -140,8 +141,10 @@ def parse(argv):
     args.z2 = args.z2 or ("unmasked" if args.official else "masked")
     args.scope = args.scope or ("all" if args.official else "text")
     args.align_norm = not args.official if args.align_norm is None else args.align_norm
-    if "layerwise" in (args.fit, args.init) and (args.method != "mimic" or args.official or args.shots < 1):
-        raise InputError("a layer-wise fit: expected --method mimic and at least one shot, and no --official; found another")
+    if "layerwise" in (args.fit, args.init) and (
+            args.method != "mimic" or args.official or args.shots < 1 or args.z2 != "masked" or args.mu == "layer"):
+        raise InputError("a layer-wise fit: expected --method mimic, at least one shot, --z2 masked, --mu head or one and no "
+                         "--official; found another")
     if args.official and args.method not in ("mimic", "live", "lora"):
         raise InputError(f"--official: expected mimic, live or lora, which the official code has, found {args.method}")
     if args.method == "prompt-tuning" and args.lambda_align:
@@ -235,6 +238,14 @@ def train(args, model, processor, adapter, samples, dev, features, folder):
     steps_an_epoch = math.ceil(len(samples) / per_step)
     steps, step, best, seconds = args.epochs * steps_an_epoch, 0, -math.inf, 0.0
 
+    def dev_score():
+        adapter.eval()
+        answers, _ = answer(model, processor, args.dataset, dev, shifts=adapter, features=features, **generation_options(args))
+        return score(args.dataset, dev, answers, args.data)[0]
+
+    if args.init == "layerwise" and dev:                # the fit is a candidate, too
+        best = dev_score()
+        adapter.save(path, **about(args), epoch=0)
     with open(folder / "log.csv", "w", newline="") as file, tqdm(total=steps, desc="train", unit="step") as bar:
         log = csv.DictWriter(file, ["step", "epoch", "loss", "align", "ce", "lr", "grad_norm", "seconds", "dev"])
         log.writeheader()
@@ -269,11 +280,8 @@ def train(args, model, processor, adapter, samples, dev, features, folder):
                 bar.set_postfix(loss=f"{row['loss']:.3f}", align=f"{align:.3f}", ce=f"{ce:.3f}")
                 if step % steps_an_epoch == 0:          # the dev score chooses the epoch; of equals the later one
                     value = step
-                    adapter.eval()
                     if dev:
-                        answers, _ = answer(model, processor, args.dataset, dev, shifts=adapter, features=features,
-                                            **generation_options(args))
-                        value = row["dev"] = score(args.dataset, dev, answers, args.data)[0]
+                        value = row["dev"] = dev_score()
                         bar.write(f"epoch {epoch + 1}: loss {row['loss']:.3f}, dev score {value:.2f}")
                     if value >= best:
                         best = value
@@ -286,24 +294,19 @@ def train(args, model, processor, adapter, samples, dev, features, folder):
 def about(args):
     """What an adapter file says of itself."""
     return {"method": args.method, "model": Path(args.model).resolve().name, "dataset": args.dataset, "task": args.task,
-            "shots": args.shots, "seed": args.seed, "torch": torch.__version__}
+            "shots": args.shots, "seed": args.seed, "fit": args.fit, "init": args.init, "torch": torch.__version__}
 
 
-def fit_layerwise(args, model, processor, adapter, samples, features, folder):
-    """Every layer's f and v, bottom to top (fit.py)."""
+def layerwise_chunks(args, samples, processor):
+    """What the layer-wise fit reads: lists of Batch, the same queries with other demonstrations each (fit.plan)."""
     draws, template = args.draws or max(1, min(10, round(1000 / len(samples)))), template_of(args)
 
     def collated(queries, draw):
         icds = [pick_icds(samples, q, args.shots, f"{args.seed}-{draw}-{q.id}") for q in queries]
         return collate(queries, icds, processor, template)
 
-    def embed(rows):
-        return model.embed(rows.input_ids.to(model.device), gather(features, rows.samples))
-
-    chunks = [[collated(samples[i:i + args.batch_size], draw) for draw in range(draws)]
-              for i in range(0, len(samples), args.batch_size)]
-    shares = fit(model, adapter, chunks, embed, processor.image_ids, folder, args.memory_gb, args.fit_tokens)
-    print("explained of the shift, layer by layer: " + " ".join(f"{share:.2f}" for share in shares))
+    return [[collated(samples[i:i + args.batch_size], draw) for draw in range(draws)]
+            for i in range(0, len(samples), args.batch_size)]
 
 
 def adapter_options(args, processor):
@@ -320,7 +323,7 @@ def start_run(args):
     folder, mine = Path(args.out), vars(args)
     if (folder / "args.json").exists() and any(folder.glob("*.safetensors")):
         old = read_json(folder / "args.json")
-        differ = sorted(k for k in mine if old.get(k, mine[k]) != mine[k])
+        differ = sorted(k for k in mine if old.get(k, mine[k]) != mine[k] and k != "memory_gb")
         if differ:
             raise InputError(f"{folder}: expected no run or one of the same arguments, found other {', '.join(differ)}; "
                              "choose another --out or delete it")
@@ -352,19 +355,27 @@ def show_answers(folder, args, split, n=3):
 
 def main(argv=None):
     args = parse(argv)
-    began = time.perf_counter()
     model, processor = load_model(args.model, args.device, args.dtype)
+    began = time.perf_counter()
     samples, dev = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task)
     split = DATASETS[args.dataset].eval_split
     queries = load(args.dataset, args.data, split, args.task)[:args.limit]
     args.epochs = args.epochs or next(n for most, n in EPOCHS if len(samples) <= most)
     pick_icds(samples, samples[0], args.shots, "")             # too few samples? say it before the long work
+    layerwise = "layerwise" in (args.fit, args.init)
+    if layerwise:                                              # too little memory? likewise
+        chunks = layerwise_chunks(args, samples, processor)
+        kept, on_disk = plan(model, chunks, processor.image_ids, args.fit_tokens, args.memory_gb)
     folder, features = start_run(args), {}
-    encode_images(model, processor, samples + dev, features, "encode images")
+    encode_images(model, processor, samples + (dev if args.fit == "training" else []), features, "encode images")
     torch.manual_seed(args.seed)
     adapter = ADAPTERS[args.method].for_model(model, **adapter_options(args, processor))
-    if "layerwise" in (args.fit, args.init):
-        fit_layerwise(args, model, processor, adapter, samples, features, folder)
+    if layerwise:
+        def embed(rows):
+            return model.embed(rows.input_ids.to(model.device), gather(features, rows.samples))
+
+        shares = fit(model, adapter, chunks, kept, on_disk, embed, folder)
+        print("explained of the shift, layer by layer: " + " ".join(f"{share:.2f}" for share in shares))
     seconds = time.perf_counter() - began
     if args.fit == "layerwise":
         adapter.save(folder / f"{args.method}.safetensors", **about(args), epoch=0)
