@@ -176,14 +176,14 @@ def add_results(folder, row, samples, answers, each):
 
 
 def evaluate(folder, model, processor, dataset, split, samples, method, shots=0, shifts=None, seed=0, parameters=0,
-             train_seconds=0, root=None, **options):
-    """Answers, scores and writes one method on one split → the row. options as `answer`."""
+             train_seconds=0, test_best=None, root=None, **options):
+    """Answers, scores and writes one method on one split → the row. options as `answer`; test_best: written if there is one."""
     answers, cost = answer(model, processor, dataset, samples, shots=shots, shifts=shifts, seed=seed,
                            progress=f"{method}{f' {shots}-shot' if shots else ''}", **options)
     total, each = score(dataset, samples, answers, root)
     row = {"dataset": dataset, "split": split, "method": method, "shots": shots, "metric": DATASETS[dataset].metric,
            "score": total, "n": len(samples), "seed": seed, "parameters": parameters, **cost, "train_seconds": train_seconds,
-           **further_scores(dataset, samples, answers, root)}
+           **({} if test_best is None else {"test_best": test_best}), **further_scores(dataset, samples, answers, root)}
     add_results(folder, row, samples, answers, each)
     if not dataset.startswith("toy"):
         write_atomically(Path(folder) / official_name(row), json.dumps(official_records(dataset, samples, answers)) + "\n")

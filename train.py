@@ -119,6 +119,9 @@ def parse(argv):
                               help="share of the steps with a rising rate, then cosine (default %(default)s)")
     optimisation.add_argument("--weight-decay", type=float, default=1e-3, help="of AdamW (default %(default)s)")
     optimisation.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default %(default)s)")
+    run.add_argument("--test-every-epoch", action="store_true",
+                     help="score the evaluation split after every epoch, too, and write the best as test_best (what many papers "
+                          "report) beside the score of the epoch that dev chose")
     run.add_argument("--memory-gb", type=float, default=8.0, metavar="GB",
                      help="for the states and tokens of a layer-wise fit; states beyond it go to disk (default %(default)s)")
     run.add_argument("--compare", type=int, nargs="*", default=None, metavar="K",
@@ -228,26 +231,26 @@ def learning_rate(step, steps, warmup):
 # ---------------------------------------------------------------------------------------------------------------------
 # All steps
 # ---------------------------------------------------------------------------------------------------------------------
-def train(args, model, processor, adapter, samples, dev, features, folder):
-    """Trains the adapter, writes log.csv and the best epoch's → (the best adapter, seconds of training)."""
+def train(args, model, processor, adapter, samples, dev, test, features, folder):
+    """Trains the adapter, writes log.csv and the best epoch's → (the best adapter, seconds of training, best score on test)."""
     trained = [p for p in adapter.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(adapter.groups(args.lr), weight_decay=args.weight_decay)
     highest = [group["lr"] for group in optimiser.param_groups]
     template, path = adapter.template(template_of(args)), folder / f"{args.method}.safetensors"
     per_step = args.batch_size * args.accumulate
     steps_an_epoch = math.ceil(len(samples) / per_step)
-    steps, step, best, seconds = args.epochs * steps_an_epoch, 0, -math.inf, 0.0
+    steps, step, best, test_best, seconds = args.epochs * steps_an_epoch, 0, -math.inf, None, 0.0
 
-    def dev_score():
+    def score_on(items):
         adapter.eval()
-        answers, _ = answer(model, processor, args.dataset, dev, shifts=adapter, features=features, **generation_options(args))
-        return score(args.dataset, dev, answers, args.data)[0]
+        answers, _ = answer(model, processor, args.dataset, items, shifts=adapter, features=features, **generation_options(args))
+        return score(args.dataset, items, answers, args.data)[0]
 
     if args.init == "layerwise" and dev:                # the fit is a candidate, too
-        best = dev_score()
+        best = score_on(dev)
         adapter.save(path, **about(args), epoch=0)
     with open(folder / "log.csv", "w", newline="") as file, tqdm(total=steps, desc="train", unit="step") as bar:
-        log = csv.DictWriter(file, ["step", "epoch", "loss", "align", "ce", "lr", "grad_norm", "seconds", "dev"])
+        log = csv.DictWriter(file, ["step", "epoch", "loss", "align", "ce", "lr", "grad_norm", "seconds", "dev", "test"])
         log.writeheader()
         for epoch in range(args.epochs):
             adapter.train()
@@ -281,14 +284,17 @@ def train(args, model, processor, adapter, samples, dev, features, folder):
                 if step % steps_an_epoch == 0:          # the dev score chooses the epoch; of equals the later one
                     value = step
                     if dev:
-                        value = row["dev"] = dev_score()
+                        value = row["dev"] = score_on(dev)
                         bar.write(f"epoch {epoch + 1}: loss {row['loss']:.3f}, dev score {value:.2f}")
                     if value >= best:
                         best = value
                         adapter.save(path, **about(args), epoch=epoch + 1)
+                    if test:                            # only reported
+                        row["test"] = score_on(test)
+                        test_best = max(row["test"], test_best or 0)
                 log.writerow(row)
                 file.flush()
-    return ADAPTERS[args.method].load(path).to(model.device), seconds
+    return ADAPTERS[args.method].load(path).to(model.device), seconds, test_best
 
 
 def about(args):
@@ -376,11 +382,12 @@ def main(argv=None):
 
         shares = fit(model, adapter, chunks, kept, on_disk, embed, folder)
         print("explained of the shift, layer by layer: " + " ".join(f"{share:.2f}" for share in shares))
-    seconds = time.perf_counter() - began
+    seconds, test_best = time.perf_counter() - began, None
     if args.fit == "layerwise":
         adapter.save(folder / f"{args.method}.safetensors", **about(args), epoch=0)
     else:
-        adapter, more = train(args, model, processor, adapter, samples, dev, features, folder)
+        test = queries if args.test_every_epoch and all(q.answers for q in queries) else ()
+        adapter, more, test_best = train(args, model, processor, adapter, samples, dev, test, features, folder)
         seconds += more
     (folder / "fit.safetensors").unlink(missing_ok=True)
     seconds = round(seconds, 1)
@@ -393,7 +400,7 @@ def main(argv=None):
         rows.append(evaluate(folder, model, processor, args.dataset, split, queries, "icl" if shots else "zero-shot", shots,
                              pool=samples, **options))
     rows.append(evaluate(folder, model, processor, args.dataset, split, queries, args.method, 0, adapter, train_seconds=seconds,
-                         parameters=count(adapter), **options))
+                         parameters=count(adapter), test_best=test_best, **options))
     print("\n" + table(rows))
     show_answers(folder, args, split)
     print(f"\n{folder}: trained in {seconds:.0f} s, everything in {time.perf_counter() - began:.0f} s")

@@ -10,7 +10,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
-SMALL = {"train.py": ["--limit", "2", "--samples", "40", "--epochs", "1"], "eval.py": ["--limit", "2"]}
+SMALL = {"train.py": ["--limit", "2", "--samples", "40", "--epochs", "1"], "eval.py": ["--limit", "2"], "data.py": []}
 
 
 def test_two_commands_do_all_set_up():
@@ -23,8 +23,8 @@ def test_runtime_dependencies_are_the_six():
     assert [re.match(r"\w+", line)[0] for line in lines] == ["torch", "pillow", "numpy", "tokenizers", "safetensors", "tqdm"]
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:model|mimic|train|data|eval)\.\w+)`", README)) - {
-    f"{m}.py" for m in ("model", "mimic", "train", "data", "eval")}))
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:model|mimic|train|data|eval|fit)\.\w+)`", README)) - {
+    f"{m}.py" for m in ("model", "mimic", "train", "data", "eval", "fit")}))
 def test_every_name_in_the_equation_table_exists(name):
     module, attribute = name.split(".")
     assert callable(getattr(importlib.import_module(module), attribute))

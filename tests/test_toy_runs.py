@@ -7,6 +7,7 @@ import pytest
 
 import ablate
 import bench
+import eval as evaluation
 import train
 from model import InputError
 
@@ -68,6 +69,22 @@ def test_ablate_runs_what_is_missing_prints_its_table_and_draws_its_curves(tmp_p
     assert (out / "results.json").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="--only: expected rows of main"):
         ablate.main(["main", "--only", "nothing"])
+
+
+def test_the_table_of_all_methods_is_written_and_not_made_twice(tmp_path, monkeypatch, capsys):
+    """Two methods, one seed, few samples: the rows of the others are made alike."""
+    small = ["--samples", "12", "--limit", "10", "--dev-samples", "4"]
+    monkeypatch.setitem(ablate.GROUPS, "methods", {"zero-shot": ["eval", *small],
+                                                   "MimIC": [*small, "--epochs", "1", "--shots", "2", "--test-every-epoch"]})
+    rows = ablate.compare(tmp_path, seeds=[0], workers=1)
+    assert [r["method"] for r in rows] == ["zero-shot", "MimIC"] and [r["parameters"] for r in rows] == [0, 1584]
+    assert json.loads((tmp_path / "table.json").read_text()) == rows
+    assert (tmp_path / "table.md").read_text().splitlines()[2].startswith("| zero-shot | 0 | ")
+    done = [p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("results.json"))]
+    ablate.compare(tmp_path, seeds=[0], workers=1)
+    assert len(done) == 4 and done == [p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("results.json"))]
+    with pytest.raises(InputError, match="--table: expected --out and --task beside it, found --samples"):
+        evaluation.main(["--table", "--samples", "5"])
 
 
 def test_bench_measures_the_fit_beside_training(tmp_path):
