@@ -96,7 +96,9 @@ GROUPS = {                                          # group → row → options 
         "layer-wise fit": LAYERWISE,
         "training": [],
         "layer-wise fit of a constant shift": [*LAYERWISE, "--mu", "one"],
-    }.items() for n in (20, 50, 200, 1000)} | {"8-shot ICL, 1000": ["eval", "--shots", "8"]},
+    }.items() for n in (20, 50, 200, 1000)} | {
+        f"training of 1250 steps, {n}": ["--samples", str(n), "--epochs", str(5000 // n)] for n in (20, 50, 200, 1000)
+    } | {"8-shot ICL, 1000": ["eval", "--shots", "8"]},
     "layerwise": {
         "20 samples": [*LAYERWISE, "--samples", "20"],
         "20, 1 draw": [*LAYERWISE, "--samples", "20", "--draws", "1"],
@@ -110,7 +112,7 @@ GROUPS = {                                          # group → row → options 
         "20, polished": ["--init", "layerwise", "--samples", "20"],
         "50, polished": ["--init", "layerwise", "--samples", "50"],
         "50, polished 2 epochs": ["--init", "layerwise", "--samples", "50", "--epochs", "2"],
-        "1000, 10 epochs, no fit": ["--epochs", "10"],
+        "1000, no fit, 10 epochs": ["--epochs", "10"],
     },
 }
 
