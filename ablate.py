@@ -40,7 +40,7 @@ GROUPS = {                                          # group → row → options 
         **{name: [*options, "--test-every-epoch"] for name, options in {
             "LIVE": ["--method", "live"],
             "LoRA": ["--method", "lora"],
-            "LoRA, o_proj, rank 1": ["--method", "lora", "--targets", "o_proj", "--rank", "1"],
+            "LoRA, o_proj, rank 1": ["--method", "lora", "--targets", "o_proj", "--rank", "1", "--lr", "5e-3"],
             "prompt tuning": ["--method", "prompt-tuning"],
             "STAVE": ["--method", "stave"],
             "HiFICL": ["--method", "hificl"],

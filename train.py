@@ -56,7 +56,7 @@ COMPARE = [0, 1, 2, 4, 8]         # shots of in-context learning that a toy run 
 DEFAULTS = {                      # highest rate; that on the toys; weights of L_align and of the LM loss; demonstrations
     "mimic":         (5e-3, 2e-2, 1.0, 0.5, 8),
     "live":          (5e-3, 2e-2, 1.0, 0.5, 8),           # L_align: KL
-    "lora":          (5e-4, 5e-3, 0.0, 1.0, 8),           # the LM loss alone: no teacher, so no demonstrations either
+    "lora":          (5e-4, 2e-3, 0.0, 1.0, 8),           # the LM loss alone: no teacher, so no demonstrations either
     "hificl":        (5e-3, 2e-2, 0.0, 1.0, 8),
     "stave":         (3e-3, 3e-1, 0.0, 1.0, 1),           # the LM loss with and without demonstrations; its authors: 8 on COCO
     "prompt-tuning": (1e-2, 2e-2, 0.0, 1.0, 8),
