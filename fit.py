@@ -273,7 +273,7 @@ def fit(model, mimic, chunks, kept, on_disk, embed, folder):
                 shares.append(fit_layer(mimic, layer, q, log_z1, log_z2, delta, w_o.to(dtype).view(d, H, D))[1])
                 mimic.save(path, shares=json.dumps(shares))
                 bar.set_postfix(explained=" ".join(f"{x:.2f}" for x in shares[-6:]))
-            for c, draws in enumerate(chunks):                               # 6. advance
+            for c, draws in enumerate(chunks if layer + 1 < L else ()):      # 6. advance
                 states.put(f"student-{c}", advance(model, layer, states.get(f"student-{c}", w_o), draws[0].student, mimic))
     shutil.rmtree(folder / "states", ignore_errors=True)
     return shares
