@@ -81,7 +81,7 @@ def encode_images(model, processor, samples, features, progress=None, encode=Non
 
 def sees_alike(model, other):
     """Whether the features of one are the features of the other: they have the same vision tower and connector."""
-    return all(model.model[part] is other.model[part] for part in ("vision_model", "connector"))
+    return all(mine is theirs for mine, theirs in zip(model.eyes, other.eyes, strict=True))
 
 
 def gather(features, samples):

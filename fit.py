@@ -58,7 +58,7 @@ def teacher(model, layer, x, rows, demonstrations, T_q):
 
     demonstrations (B,T) bool, True = token of a demonstration. Only the last columns need log Z1 and A_T, so all before them
     go first, through the fused attention, and leave their keys in a cache."""
-    block, (cos, sin, mask), watch = model.model["text_model"].layers[layer], geometry(model, rows), Watch()
+    block, (cos, sin, mask), watch = model.text_model.layers[layer], geometry(model, rows), Watch()
     T, cache = x.shape[1], KVCache(layer + 1, x.shape[1])
     before, last = slice(0, T - T_q), slice(T - T_q, T)
     above = block(layer, x[:, before], cos[:, :, before], sin[:, :, before], mask[:, :, before, before], Shifts(), cache)
@@ -71,14 +71,14 @@ def teacher(model, layer, x, rows, demonstrations, T_q):
 
 def student(model, layer, x, rows):
     """Step 2: x_S + A_S (B,T,d), q (B,H,T,D) and log Z2 (B,H,T)."""
-    block, watch = model.model["text_model"].layers[layer], Watch()
+    block, watch = model.text_model.layers[layer], Watch()
     A_S = block.self_attn(layer, block.input_layernorm(x), *geometry(model, rows), watch, None)
     return exact(x) + exact(A_S), watch.q, watch.lse
 
 
 def advance(model, layer, x, rows, shifts):
     """Step 6: the states behind the layer (B,T,d)."""
-    return model.model["text_model"].layers[layer](layer, x, *geometry(model, rows), shifts, None)
+    return model.text_model.layers[layer](layer, x, *geometry(model, rows), shifts, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def fit(model, mimic, chunks, kept, on_disk, embed, folder):
             states.put(f"teacher-{c}-{n}", embed(batch.teacher))
     with tqdm(total=L * len(chunks), desc="fit", unit="chunk") as bar:
         for layer in range(L):
-            w_o, at = model.model["text_model"].layers[layer].self_attn.o_proj.weight, 0
+            w_o, at = model.text_model.layers[layer].self_attn.o_proj.weight, 0
             q, log_z1, log_z2, delta = (torch.empty(*shape, dtype=dtype, device=model.device)
                                         for shape in ((H, N, D), (N, H), (N, H), (N, d)))
             for c, draws in enumerate(chunks):

@@ -52,6 +52,7 @@ class VisionConfig:
     patch_size: int = 14           # pixels
     num_channels: int = 3
     layer_norm_eps: float = 1e-6
+    gelu = "tanh"                  # which approximation of it; no field: nothing published has another
 
 
 @dataclass
@@ -96,58 +97,81 @@ class Config:
     @classmethod
     def from_file(cls, path):
         """config.json as published or as transformers saves it. Raises InputError for what this model is not."""
-        raw = read_json(path)
-
-        def refuse(what, expected, found):
-            raise InputError(f"{path}: expected {what} {expected}, found {found!r}")
-
-        def section(name):
-            part = raw.get(name) or {}
-            return part if isinstance(part, dict) else refuse(name, "to be an object", part)
-
-        def fill(kind, part, prefix):
-            """Known keys over our defaults; null means the default, but for sliding_window, where it means none."""
-            values = {}
-            for f in fields(kind):
-                value = part.get(f.name)
-                if f.name == "sliding_window" and f.name in part and value is None:
-                    value = 0
-                if value is None:
-                    continue
-                number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-                if not number or (f.type is int and value != int(value)):
-                    refuse(f"{prefix}{f.name}", f"to be {f.type.__name__}", value)
-                if value < 0 or (value == 0 and f.default != 0 and "token_id" not in f.name and f.name != "sliding_window"):
-                    refuse(f"{prefix}{f.name}", "to be positive", value)
-                values[f.name] = f.type(value)
-            return kind(**values)
-
-        if not isinstance(raw, dict) or raw.get("model_type") != "idefics2":
-            refuse("model_type", "'idefics2'", raw.get("model_type") if isinstance(raw, dict) else raw)
-        vision, perceiver, text = section("vision_config"), section("perceiver_config"), dict(section("text_config"))
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-            refuse("text_config rope_type", "'default'", rope)
-        text.setdefault("rope_theta", rope.get("rope_theta"))
-        if isinstance(text.get("eos_token_id"), list):      # generation_config.json says what ends an answer
-            text["eos_token_id"] = (text["eos_token_id"] or [None])[0]
+        raw = read_config(path, "idefics2")
+        vision, perceiver, text = (section(raw, f"{name}_config", path) for name in ("vision", "perceiver", "text"))
         for part, act in (vision, "gelu_pytorch_tanh"), (perceiver, "silu"), (text, "silu"):
-            if part.get("hidden_act", act) != act:
-                refuse("hidden_act", repr(act), part["hidden_act"])
-        if raw.get("tie_word_embeddings"):
-            refuse("tie_word_embeddings", "false", True)
-        image_token_id = raw.get("image_token_id", cls.image_token_id)
-        if type(image_token_id) is not int:
-            refuse("image_token_id", "to be int", image_token_id)
-        config = cls(fill(VisionConfig, vision, "vision_config "), fill(PerceiverConfig, perceiver, "perceiver_config "),
-                     fill(TextConfig, text, "text_config "), image_token_id)
+            expect(part, "hidden_act", act, path)
+        config = cls(fill(VisionConfig, vision, path, "vision_config "),
+                     fill(PerceiverConfig, perceiver, path, "perceiver_config "),
+                     fill(TextConfig, decoder_section(text, path), path, "text_config "),
+                     whole_number(raw, "image_token_id", cls.image_token_id, path))
         if config.vision.hidden_size % (heads := config.vision.num_attention_heads):
-            refuse("vision_config hidden_size", f"to be a multiple of the {heads} heads", config.vision.hidden_size)
+            refuse(path, "vision_config hidden_size", f"to be a multiple of the {heads} heads", config.vision.hidden_size)
         for q, kv in ((config.text.num_attention_heads, config.text.num_key_value_heads),
                       (config.perceiver.resampler_n_heads, config.perceiver.num_key_value_heads)):
             if q % kv:
-                refuse("the number of heads", f"to be a multiple of the {kv} key/value heads", q)
+                refuse(path, "the number of heads", f"to be a multiple of the {kv} key/value heads", q)
         return config
+
+
+def refuse(path, what, expected, found):
+    raise InputError(f"{path}: expected {what} {expected}, found {found!r}")
+
+
+def read_config(path, model_type):
+    """The object in config.json, its model_type checked."""
+    raw = read_json(path)
+    if not isinstance(raw, dict) or raw.get("model_type") != model_type:
+        refuse(path, "model_type", repr(model_type), raw.get("model_type") if isinstance(raw, dict) else raw)
+    if raw.get("tie_word_embeddings"):
+        refuse(path, "tie_word_embeddings", "false", True)
+    return raw
+
+
+def section(raw, name, path):
+    """The object under `name`, {} if there is none."""
+    part = raw.get(name) or {}
+    return part if isinstance(part, dict) else refuse(path, name, "to be an object", part)
+
+
+def expect(part, name, value, path):
+    if part.get(name, value) != value:
+        refuse(path, name, repr(value), part[name])
+
+
+def whole_number(raw, name, default, path):
+    value = raw.get(name, default)
+    return value if type(value) is int and value >= 0 else refuse(path, name, "to be int", value)
+
+
+def decoder_section(text, path):
+    """What a config says of a decoder, with rope_theta and eos_token_id where `fill` looks for them."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+        refuse(path, "rope_type", "'default'", rope)
+    text = {"rope_theta": rope.get("rope_theta"), **text}
+    if isinstance(text.get("eos_token_id"), list):      # generation_config.json says what ends an answer
+        text["eos_token_id"] = (text["eos_token_id"] or [None])[0]
+    return text
+
+
+def fill(kind, part, path, prefix=""):
+    """Known keys over our defaults; null means the default, but for sliding_window, where it means none."""
+    values = {}
+    for f in fields(kind):
+        value = part.get(f.name)
+        if f.name == "sliding_window" and f.name in part and value is None:
+            value = 0
+        if value is None:
+            continue
+        number = isinstance(value, (int, float)) and math.isfinite(value) and isinstance(value, bool) == (f.type is bool)
+        if not number or (f.type is int and value != int(value)):
+            refuse(path, f"{prefix}{f.name}", f"to be {f.type.__name__}", value)
+        zero = f.default == 0 or "token_id" in f.name or f.name == "sliding_window" or f.type is bool
+        if value < 0 or (value == 0 and not zero):
+            refuse(path, f"{prefix}{f.name}", "to be positive", value)
+        values[f.name] = f.type(value)
+    return kind(**values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,6 +244,7 @@ class KVCache:
 
     def __init__(self, n_layers, capacity):
         self.k, self.v, self.capacity, self.length = [None] * n_layers, [None] * n_layers, capacity, 0
+        self.pictures = {}        # layer → tensors (B,…), what a model that looks at pictures there keeps of them
 
     def append(self, layer, k, v):
         """Adds k, v (B,Hkv,T,D) behind the `length` keys that are there → all keys and values so far."""
@@ -232,6 +257,7 @@ class KVCache:
     def repeat(self, n):
         """Every row n times in a row, for n beams."""
         self.k, self.v = ([x.repeat_interleave(n, 0) for x in side] for side in (self.k, self.v))
+        self.pictures = {layer: [x.repeat_interleave(n, 0) for x in kept] for layer, kept in self.pictures.items()}
 
     def reorder(self, rows, start):
         """Row i becomes row rows[i]. Beams of one prompt share its keys, so only columns from `start` on are moved."""
@@ -329,9 +355,10 @@ class VisionMLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(c.hidden_size, c.intermediate_size), nn.Linear(c.intermediate_size, c.hidden_size)
+        self.gelu = c.gelu
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
 
 
 class VisionLayer(nn.Module):
@@ -479,6 +506,8 @@ class DecoderLayer(nn.Module):
 
 
 class TextModel(nn.Module):
+    crossed = ()                  # layers before which the states look at pictures (`enter`): none, they stand among the tokens
+
     def __init__(self, c):
         super().__init__()
         self.config = c
@@ -486,11 +515,13 @@ class TextModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, attention_mask, position_ids, shifts, cache):
-        """Embeddings x (B,T,d), attention_mask (B,S), position_ids (B,T) → normed hidden states (B,T,d)."""
+    def forward(self, x, attention_mask, position_ids, shifts, cache, pictures=None):
+        """Embeddings x (B,T,d), attention_mask (B,S), position_ids (B,T) → normed hidden states (B,T,d). pictures: of `enter`."""
         cos, sin = rope(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         mask = causal_mask(attention_mask, x.shape[1], self.config.sliding_window)
         for i, layer in enumerate(self.layers):
+            if i in self.crossed:
+                x = self.enter(i, x, pictures, cache)
             x = layer(i, x, cos, sin, mask, shifts, cache)
         return self.norm(x)
 
@@ -499,12 +530,18 @@ class TextModel(nn.Module):
 # The whole model
 # ---------------------------------------------------------------------------------------------------------------------
 class Idefics2(nn.Module):
+    config_class = Config
+    shots, epochs = 8, 5          # the paper's: demonstrations of a prompt, passes over 1,000 training samples
+
     def __init__(self, config, end_ids=(), banned_ids=()):
         """A randomly initialised model. end_ids (default: the text config's eos) end an answer, banned_ids are never made."""
         super().__init__()
         self.config = config
         self.end_ids, self.banned_ids, self.pad_id = (
             set(end_ids) or {config.text.eos_token_id}, set(banned_ids), config.text.pad_token_id)
+        self.build(config)
+
+    def build(self, config):
         self.model = nn.ModuleDict({
             "vision_model": VisionModel(config.vision), "connector": Connector(config), "text_model": TextModel(config.text)})
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
@@ -518,7 +555,7 @@ class Idefics2(nn.Module):
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"{folder}: expected a model folder with config.json and safetensors, found no such folder")
-        config = Config.from_file(folder / "config.json")
+        config = cls.config_class.from_file(folder / "config.json")
         ends, banned = [], []
         if (path := folder / "generation_config.json").exists():
             generation = read_json(path)
@@ -547,20 +584,37 @@ class Idefics2(nn.Module):
     def dtype(self):
         return self.lm_head.weight.dtype
 
+    @property
+    def text_model(self):
+        """The decoder: embed_tokens, layers, norm."""
+        return self.model["text_model"]
+
+    @property
+    def eyes(self):
+        """The modules that make image features: vision tower first."""
+        return self.model["vision_model"], self.model["connector"]
+
+    def patches(self, pixel_values, pixel_mask):
+        """The vision tower's last states (N,P,d_vision), and which of them are picture, not padding (N,P) bool."""
+        mask = patch_mask(pixel_mask, self.config.vision.patch_size)
+        return self.model["vision_model"](pixel_values.to(self.dtype), mask), mask.flatten(1)
+
     def encode_images(self, pixel_values, pixel_mask):
         """pixel_values (N,3,H,W), pixel_mask (N,H,W) bool, True = picture, False = padding → features (N,n_latents,d).
 
         Padding changes nothing, and images know nothing of each other: encode each distinct image once and keep the features."""
-        mask = patch_mask(pixel_mask, self.config.vision.patch_size)
-        x = self.model["vision_model"](pixel_values.to(self.dtype), mask)
-        return self.model["connector"](x, mask.flatten(1))
+        return self.model["connector"](*self.patches(pixel_values, pixel_mask))
 
-    def embed(self, input_ids, image_features):
-        """Token embeddings (B,T,d); the <image> tokens are replaced, in reading order, by the rows of image_features."""
+    def words(self, input_ids):
+        """Token embeddings (B,T,d). Raises InputError for an id that the model does not have."""
         smallest, largest = int(input_ids.min()), int(input_ids.max())
         if smallest < 0 or largest >= self.config.text.vocab_size:
             raise InputError(f"expected token ids in 0 … {self.config.text.vocab_size - 1}, found {smallest} … {largest}")
-        x = self.model["text_model"].embed_tokens(input_ids)
+        return self.text_model.embed_tokens(input_ids)
+
+    def embed(self, input_ids, image_features):
+        """Token embeddings (B,T,d); the <image> tokens are replaced, in reading order, by the rows of image_features."""
+        x = self.words(input_ids)
         slots = input_ids == self.config.image_token_id
         n_slots, n_rows = int(slots.sum()), 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
         if n_slots != n_rows:
@@ -568,17 +622,24 @@ class Idefics2(nn.Module):
                              f"({self.config.perceiver.resampler_n_latents} an image)")
         return x.masked_scatter(slots.unsqueeze(-1), image_features.to(x.dtype)) if n_slots else x
 
+    def pictures(self, input_ids, image_features):
+        """What the decoder's layers see of the pictures beside the embeddings: nothing."""
+        return None
+
     def hidden_states(self, input_ids, attention_mask, image_features=None, shifts=None, position_ids=None, cache=None):
         """The decoder's normed output states (B,T,d); `lm_head` makes logits of the columns that somebody reads.
 
         input_ids (B,T); attention_mask (B,S), 1 or True = token, S = T + the cache's length; image_features (N,n_latents,d) or
-        None; position_ids (B,T) default to cumsum(attention_mask) − 1, so that padding never moves a token."""
+        None; position_ids (B,T) default to cumsum(attention_mask) − 1 (1 for padding), so that padding never moves a token."""
         shifts = shifts if shifts is not None else Shifts()
         if position_ids is None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1]:]
-        decoding = cache is not None and cache.length > 0        # a generated <image> token is an ordinary token
-        x = self.model["text_model"].embed_tokens(input_ids) if decoding else self.embed(input_ids, image_features)
-        x = self.model["text_model"](shifts.after_embedding(input_ids, x), attention_mask, position_ids, shifts, cache)
+            present = attention_mask.long()
+            position_ids = (present.cumsum(-1) - 1).masked_fill(present == 0, 1)[:, -input_ids.shape[1]:]
+        if cache is not None and cache.length > 0:               # a generated <image> token is an ordinary token
+            x, pictures = self.text_model.embed_tokens(input_ids), None
+        else:
+            x, pictures = self.embed(input_ids, image_features), self.pictures(input_ids, image_features)
+        x = self.text_model(shifts.after_embedding(input_ids, x), attention_mask, position_ids, shifts, cache, pictures)
         if cache is not None:
             cache.length += input_ids.shape[1]
         return x

@@ -105,7 +105,7 @@ def indirect_effects(model, prompt, gold, values):
 
 def function_vector(model, heads, values):
     """v = Σ W_o^lh ā_lh over heads [(l, h)], from values (L,H,D) → (d) fp32."""
-    D, layers = values.shape[-1], model.model["text_model"].layers
+    D, layers = values.shape[-1], model.text_model.layers
     return sum(layers[lyr].self_attn.o_proj.weight[:, h * D:(h + 1) * D].float() @ values[lyr, h] for lyr, h in heads)
 
 

@@ -3,8 +3,8 @@
     y = W x + (α/r) · B A x̃        W (d_out,d_in) frozen, A (r,d_in), B (d_out,r); B = 0 at start: the base model
                                    x̃: x under dropout while training, else x
 
-on the q, k, v and o projections. scope="text": of the decoder. scope="all": of every module with such a name, the vision tower
-(its out_proj has another name) and the perceiver too, as the official code's search by name finds them.
+on the q, k, v and o projections. scope="text": of the decoder's layers. scope="all": of every module with such a
+name, the vision tower (its out_proj has another name) and the perceiver too, as the official code's search by name finds them.
 
 The base model is not touched: `student(model)` is a second model that shares all tensors of the first but has these sums in
 the place of its linears. `merge(model)` is one with W + (α/r)·BA as plain weights, which costs nothing at inference.
@@ -67,9 +67,10 @@ class LoRA(nn.Module, Shifts):
     @classmethod
     def for_model(cls, model, rank=16, alpha=0, dropout=0.05, targets=PROJECTIONS, scope="text"):
         """targets: last part of the names of the linears. scope: "text" or "all"."""
-        where = {"text": "model.text_model.", "all": ""}[scope]
+        where = {"text": model.text_model.layers, "all": model}[scope]
+        inside = set(where.modules())
         shapes = {name: (m.out_features, m.in_features) for name, m in model.named_modules()
-                  if isinstance(m, nn.Linear) and name.startswith(where) and name.split(".")[-1] in targets}
+                  if isinstance(m, nn.Linear) and m in inside and name.split(".")[-1] in targets}
         if not shapes:
             raise InputError(f"--targets: expected names of linear layers such as q_proj, found {' '.join(targets)}")
         return cls(shapes, rank, alpha, dropout, targets=" ".join(targets), scope=scope).to(model.device)

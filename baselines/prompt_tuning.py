@@ -27,7 +27,7 @@ class PromptTuning(nn.Module, Shifts):
 
     @classmethod
     def for_model(cls, model, n=20):
-        words = model.model["text_model"].embed_tokens.weight
+        words = model.text_model.embed_tokens.weight
         tuning = cls(n, words.shape[1], model.pad_id).to(model.device)
         drawn = torch.randperm(len(words))[:n].to(model.device)
         tuning.vector.data = words.detach()[drawn].float()

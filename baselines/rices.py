@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from mimic import read_adapter, save_atomically
-from model import InputError, patch_mask
+from model import InputError
 
 IMAGES_AT_ONCE = 4096         # distinct images encoded between two writings of the cache
 
@@ -24,9 +24,8 @@ IMAGES_AT_ONCE = 4096         # distinct images encoded between two writings of 
 @torch.no_grad()
 def image_vector(model, pixel_values, pixel_mask):
     """z of images: pixel_values (N,3,H,W), pixel_mask (N,H,W) bool → (N,d_vision) fp32 of length 1. Padding changes nothing."""
-    mask = patch_mask(pixel_mask, model.config.vision.patch_size)                              # (N,h,w)
-    states = model.model["vision_model"](pixel_values.to(model.dtype), mask).float()           # (N,P,d_vision)
-    valid = mask.flatten(1).unsqueeze(-1)
+    states, valid = model.patches(pixel_values, pixel_mask)
+    states, valid = states.float(), valid.unsqueeze(-1)                                        # (N,P,d_vision), (N,P,1)
     mean = states.masked_fill(~valid, 0).sum(1) / valid.sum(1).clamp(min=1)
     return torch.nn.functional.normalize(mean, dim=-1)
 
@@ -53,7 +52,7 @@ def image_vectors(model, samples, encode, path):
 
 def fingerprint(model):
     """Tells vision towers apart: a hash of some of the weights."""
-    tower = model.model["vision_model"]
+    tower = model.eyes[0]
     some = tower.embeddings.patch_embedding.weight, tower.post_layernorm.weight
     weights = torch.cat([w.detach().flatten().float().cpu() for w in some])
     return hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:16] + f" {model.dtype}"
