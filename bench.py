@@ -28,7 +28,8 @@ import torch
 from tqdm import tqdm
 
 from data import Batch, Rows
-from eval import clock, gather, run_command, write_atomically
+from eval import clock, run_command, write_atomically
+from features import gather
 from fit import advance, fit, fit_layer, is_demonstration, plan, student, teacher
 from metrics import cider
 from mimic import MimIC

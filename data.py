@@ -398,6 +398,7 @@ class Batch:
     align: torch.Tensor           # (B,T_q) bool, True = column of the last T_q whose states are compared
     answer: torch.Tensor          # (B,T) bool over the student's columns, True = token of the answer, its end included
     sequence: torch.Tensor        # (B,T) bool over the student's columns, True = any token that has one before it
+    n_shared: int = 0             # so many first columns of the teacher are the same in all rows, and computed once
 
 
 def plain(text):
@@ -428,13 +429,18 @@ def last_columns(lengths, T):
     return torch.arange(T) >= T - torch.tensor(lengths)[:, None]
 
 
-def pack(ids, samples, processor):
-    """Lists of ids → Rows. Raises InputError if one has no row in the model's embedding (the published tokenizer has such)."""
+def pack(ids, samples, processor, n_shared=0):
+    """Lists of ids → Rows. Raises InputError if one has no row in the model's embedding (the published tokenizer has such).
+
+    n_shared: so many first ids are the same in all rows and stay in the first columns; the padding stands behind them."""
     if (largest := max(map(max, ids))) >= processor.vocab_size:
         token = processor.tokenizer.id_to_token(largest)
         raise InputError(f"tokenizer.json: expected ids below the model's {processor.vocab_size}, found {token} = {largest}")
-    padded = left_pad(ids, processor.pad_id)
-    return Rows(padded, last_columns([len(row) for row in ids], padded.shape[1]), samples)
+    padded = torch.cat([torch.tensor([row[:n_shared] for row in ids], dtype=torch.long),
+                        left_pad([row[n_shared:] for row in ids], processor.pad_id)], 1)
+    present = last_columns([len(row) - n_shared for row in ids], padded.shape[1])
+    present[:, :n_shared] = True
+    return Rows(padded, present, samples)
 
 
 def prompts(queries, icds, processor, template):
@@ -443,8 +449,10 @@ def prompts(queries, icds, processor, template):
     return pack(ids, [s for q, d in zip(queries, icds, strict=True) for s in (*d, q)], processor)
 
 
-def collate(queries, icds, processor, template):
-    """Queries with their ICDs → Batch. With the official template the separators (<unk>) are masked and counted as positions."""
+def collate(queries, icds, processor, template, share=False):
+    """Queries with their ICDs → Batch. With the official template the separators (<unk>) are masked and counted as positions.
+
+    share: all queries have the same ICDs, which stand in the same columns of every teacher row (any padding is behind them)."""
     teacher, student, query_lengths, answer_lengths = [], [], [], []
     for query, demonstrations in zip(queries, icds, strict=True):
         prefix, ask, answer = render(template, demonstrations, query)
@@ -461,7 +469,10 @@ def collate(queries, icds, processor, template):
         query_lengths.append(len(student_ids) - query_start)
         answer_lengths.append(len(student_ids) - answer_start)
 
-    teacher = pack(teacher, [s for q, d in zip(queries, icds, strict=True) for s in (*d, q)], processor)
+    n_shared = start if share else 0
+    if any(ids[:n_shared] != teacher[0][:n_shared] for ids in teacher):
+        raise InputError("expected queries that share their demonstrations, found others")
+    teacher = pack(teacher, [s for q, d in zip(queries, icds, strict=True) for s in (*d, q)], processor, n_shared)
     student = pack(student, list(queries), processor)
     if template.separator:
         for rows in teacher, student:
@@ -469,7 +480,7 @@ def collate(queries, icds, processor, template):
             rows.position_ids = torch.arange(rows.input_ids.shape[1]).expand(rows.input_ids.shape)
     T, T_q, kept = student.input_ids.shape[1], max(query_lengths), student.attention_mask
     return Batch(teacher, student, last_columns(query_lengths, T_q) & kept[:, -T_q:], last_columns(answer_lengths, T) & kept,
-                 kept & (kept.cumsum(1) > 1))
+                 kept & (kept.cumsum(1) > 1), n_shared)
 
 
 def split(processor, prefix, query, answer):

@@ -33,6 +33,7 @@ from baselines.lora import LoRA
 from baselines.prompt_tuning import PromptTuning
 from baselines.stave import STAVE
 from data import DATASETS, OFFICIAL_TEMPLATES, TEMPLATES, Processor, load, pick_icds, prompts, train_dev
+from features import encode_images, gather, sees_alike
 from metrics import cider, vqa_accuracy  # noqa: F401 (from eval import cider, vqa_accuracy)
 from mimic import MimIC
 from model import Idefics2, InputError, Shifts, read_json
@@ -43,11 +44,10 @@ ADAPTERS = {"mimic": MimIC, "live": LIVE, "lora": LoRA, "hificl": HiFICL, "stave
 VECTORS = {"task-vector": task_vector.make, "function-vector": function_vector.make}      # made of demonstrations, not trained
 SHOTS = {"zero-shot": 0, "icl": 8, "rices": 8, "task-vector": 8, "function-vector": 10}   # methods without --run: default --shots
 POOL_IN_MEMORY = 4096             # samples of a pool whose image features are kept for the next queries
-PIXELS_AT_ONCE = 2_000_000        # pixels the vision tower encodes together: six COCO pictures, or a thousand toy ones
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Model and images
+# Model
 # ---------------------------------------------------------------------------------------------------------------------
 def load_model(folder, device, dtype):
     """→ model, processor."""
@@ -56,37 +56,6 @@ def load_model(folder, device, dtype):
     if model.device.type == "cpu" and model.config.text.hidden_size <= 256:
         torch.set_num_threads(1)              # so small that threads spend more time waiting for each other than they save
     return model, processor
-
-
-def encode_images(model, processor, samples, features, progress=None, encode=None):
-    """Fills `features` (image id → (n_latents,d), on the model's device) with what it lacks, each distinct image once → features.
-
-    Pictures of one size go together, so that nothing is padded. progress: title of a progress bar, or None. encode(pixel_values,
-    pixel_mask) → one tensor an image: in the place of the model's own."""
-    missing = {s.image_id: s for s in samples if s.image_id not in features}
-    by_size = {}
-    for s in missing.values():
-        by_size.setdefault(processor.resized(*s.picture_size()), []).append(s)
-    with tqdm(total=len(missing), desc=progress, unit="image", disable=not progress) as bar:
-        for (width, height), group in by_size.items():
-            step = max(1, PIXELS_AT_ONCE // (width * height))
-            for i in range(0, len(group), step):
-                chunk = group[i:i + step]
-                values, mask = processor.images([s.picture() for s in chunk])
-                encoded = (encode or model.encode_images)(values.to(model.device), mask.to(model.device))
-                features.update(zip((s.image_id for s in chunk), encoded, strict=True))
-                bar.update(len(chunk))
-    return features
-
-
-def sees_alike(model, other):
-    """Whether the features of one are the features of the other: they have the same vision tower and connector."""
-    return all(mine is theirs for mine, theirs in zip(model.eyes, other.eyes, strict=True))
-
-
-def gather(features, samples):
-    """The features of the samples' images, in order (N,n_latents,d)."""
-    return torch.stack([features[s.image_id] for s in samples])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -620,7 +620,7 @@ class Idefics2(nn.Module):
         if n_slots != n_rows:
             raise InputError(f"{n_slots} image tokens in the prompts, but {n_rows} rows of image features "
                              f"({self.config.perceiver.resampler_n_latents} an image)")
-        return x.masked_scatter(slots.unsqueeze(-1), image_features.to(x.dtype)) if n_slots else x
+        return x.masked_scatter(slots.unsqueeze(-1), image_features.to(x.device, x.dtype)) if n_slots else x
 
     def pictures(self, input_ids, image_features):
         """What the decoder's layers see of the pictures beside the embeddings: nothing."""
@@ -635,7 +635,7 @@ class Idefics2(nn.Module):
         if position_ids is None:
             present = attention_mask.long()
             position_ids = (present.cumsum(-1) - 1).masked_fill(present == 0, 1)[:, -input_ids.shape[1]:]
-        if cache is not None and cache.length > 0:               # a generated <image> token is an ordinary token
+        if cache is not None and cache.length > 0 and image_features is None:      # a generated <image> is an ordinary token
             x, pictures = self.text_model.embed_tokens(input_ids), None
         else:
             x, pictures = self.embed(input_ids, image_features), self.pictures(input_ids, image_features)

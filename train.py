@@ -20,6 +20,7 @@ import random
 import subprocess
 import sys
 import time
+from collections import ChainMap
 from pathlib import Path
 
 import torch
@@ -34,23 +35,21 @@ from eval import (
     add_common_arguments,
     answer,
     count,
-    encode_images,
     evaluate,
-    gather,
     generation_options,
     load_model,
     read_lines,
     resolve,
     run_command,
     score,
-    sees_alike,
     table,
     template_of,
     write_atomically,
 )
+from features import Features, encode_images, gather, sees_alike
 from fit import fit, is_demonstration, plan
 from mimic import Recorder, align_loss
-from model import InputError, read_json
+from model import InputError, KVCache, read_json
 
 COMPARE = [0, 1, 2, 4, 8]         # shots of in-context learning that a toy run shows beside MimIC
 DEFAULTS = {                      # highest rate; that on the toys; weights of L_align and of the LM loss; demonstrations
@@ -80,6 +79,9 @@ def parse(argv):
     method.add_argument("--draws", type=int, default=0, metavar="N",
                         help="different sets of demonstrations a query meets; 0 (default) = a new one every epoch, or for the "
                              "layer-wise fit as many as make 1,000 pairs of query and set, 10 at most")
+    method.add_argument("--share-icds", action="store_true",
+                        help="the queries of a batch meet the same demonstrations, which the teacher then reads once (about "
+                             "--batch-size times faster; other draws of the training data, see BENCHMARKS.md)")
     method.add_argument("--fit-tokens", choices=("all", "text", "answer"), default="all",
                         help="where the layer-wise fit looks: all tokens of query and answer (default), all but image tokens, or "
                              "the answer's alone")
@@ -148,6 +150,8 @@ def parse(argv):
             args.method != "mimic" or args.official or args.shots < 1 or args.z2 != "masked" or args.mu == "layer"):
         raise InputError("a layer-wise fit: expected --method mimic, at least one shot, --z2 masked, --mu head or one and no "
                          "--official; found another")
+    if args.share_icds and (args.official or args.fit == "layerwise" or args.ce_prompts == "both"):
+        raise InputError("--share-icds: expected gradient steps on the query alone, without --official; found another")
     if args.official and args.method not in ("mimic", "live", "lora"):
         raise InputError(f"--official: expected mimic, live or lora, which the official code has, found {args.method}")
     if args.method == "prompt-tuning" and args.lambda_align:
@@ -170,6 +174,17 @@ def losses(model, shifts, batch, features, args, processor=None):
         return model.hidden_states(rows.input_ids.to(model.device), rows.attention_mask.to(model.device),
                                    gather(features, rows.samples), shifts, position_ids)
 
+    def teacher_states(shifts):
+        """Without gradients; demonstrations that all rows share are computed for one of them."""
+        rows, n = batch.teacher, batch.n_shared
+        if not n:
+            return states(model, rows, features, shifts)
+        ids, mask, B = rows.input_ids.to(model.device), rows.attention_mask.to(model.device), len(rows.input_ids)
+        cache, icds = KVCache(model.config.text.num_hidden_layers, ids.shape[1]), rows.samples[:len(rows.samples) // B - 1]
+        model.hidden_states(ids[:1, :n], mask[:1, :n], gather(features, icds), cache=cache)
+        cache.repeat(B)
+        return model.hidden_states(ids[:, n:], mask, gather(features, batch.student.samples), shifts, cache=cache)
+
     def logits(model, out, columns):
         return model.lm_head(out[columns.to(model.device)]).float()
 
@@ -181,7 +196,7 @@ def losses(model, shifts, batch, features, args, processor=None):
     teacher, student = Recorder(last=T_q), Recorder(shifts)
     if args.lambda_align:
         with torch.no_grad():
-            teacher_out = states(model, batch.teacher, features, teacher)[:, -T:]
+            teacher_out = teacher_states(teacher)
 
     # 2. Student: the model with shifts reads the query alone.
     changed = shifts.student(model)                          # `model` itself, unless the method changes weights
@@ -195,8 +210,8 @@ def losses(model, shifts, batch, features, args, processor=None):
     # 3. L_align over the common columns; L_gt over the answer, logits made only where they are read.
     align = torch.zeros((), device=model.device)
     if args.lambda_align and args.align_on == "logits":
-        columns = batch.answer if args.kl_late else before(batch.answer)
-        log_p, log_q = (logits(*x, columns).log_softmax(-1) for x in ((model, teacher_out), (changed, out)))
+        columns = (batch.answer if args.kl_late else before(batch.answer))[:, -T_q:]
+        log_p, log_q = (logits(m, o[:, -T_q:], columns).log_softmax(-1) for m, o in ((model, teacher_out), (changed, out)))
         align = (log_p.exp() * (log_p - log_q)).sum(-1).mean()                            # KL(teacher ‖ student)
     elif args.lambda_align:
         align = align_loss([s[:, -T_q:] for s in getattr(student, args.align_on)], getattr(teacher, args.align_on),
@@ -218,6 +233,14 @@ def prompt_columns(batch):
     answer = F.pad(batch.answer, (batch.teacher.input_ids.shape[1] - batch.answer.shape[1], 0))
     return (batch.student.attention_mask & ~batch.answer,
             batch.teacher.attention_mask & ~answer & ~is_demonstration(batch))
+
+
+def demonstrations(args, samples, queries, draw):
+    """The ICDs of each query in its draw-th draw, or with --share-icds those of them all, drawn for the first of them."""
+    if not args.share_icds:
+        return [pick_icds(samples, q, args.shots, f"{args.seed}-{draw}-{q.id}") for q in queries]
+    others = [s for s in samples if s.id not in {q.id for q in queries}]
+    return [pick_icds(others, queries[0], args.shots, f"{args.seed}-{draw}-{queries[0].id}")] * len(queries)
 
 
 def learning_rate(step, steps, warmup):
@@ -261,9 +284,9 @@ def train(args, model, processor, adapter, samples, dev, test, features, folder)
                 micro = [order[i:i + args.batch_size] for i in range(at, min(at + per_step, len(order)), args.batch_size)]
                 parts = []
                 for queries in micro:
-                    icds = [pick_icds(samples, q, args.shots, f"{args.seed}-{draw}-{q.id}") for q in queries]
-                    align, ce = losses(model, adapter, collate(queries, icds, processor, template), features, args,
-                                       processor)
+                    icds = demonstrations(args, samples, queries, draw)
+                    align, ce = losses(model, adapter, collate(queries, icds, processor, template, args.share_icds), features,
+                                       args, processor)
                     ((args.lambda_align * align + args.lambda_ce * ce) / len(micro)).backward()
                     parts.append((align.item(), ce.item()))
                 align, ce = (sum(p) / len(parts) for p in zip(*parts, strict=True))
@@ -367,13 +390,14 @@ def main(argv=None):
     split = DATASETS[args.dataset].eval_split
     queries = load(args.dataset, args.data, split, args.task)[:args.limit]
     args.epochs = args.epochs or next(n for most, n in EPOCHS if len(samples) <= most)
-    pick_icds(samples, samples[0], args.shots, "")             # too few samples? say it before the long work
+    demonstrations(args, samples, samples[:args.batch_size], 0)           # too few samples? say it before the long work
     layerwise = "layerwise" in (args.fit, args.init)
     if layerwise:                                              # too little memory? likewise
         chunks = layerwise_chunks(args, samples, processor)
         kept, on_disk = plan(model, chunks, processor.image_ids, args.fit_tokens, args.memory_gb)
-    folder, features = start_run(args), {}
-    encode_images(model, processor, samples + (dev if args.fit == "training" else []), features, "encode images")
+    folder, pictured = start_run(args), samples + (dev if args.fit == "training" else [])
+    stored = Features(folder / "features", sorted({s.image_id for s in pictured}))
+    features = ChainMap({}, encode_images(model, processor, pictured, stored, "encode images"))
     torch.manual_seed(args.seed)
     adapter = ADAPTERS[args.method].for_model(model, **adapter_options(args, processor))
     if layerwise:
@@ -401,6 +425,7 @@ def main(argv=None):
                              pool=samples, **options))
     rows.append(evaluate(folder, model, processor, args.dataset, split, queries, args.method, 0, adapter, train_seconds=seconds,
                          parameters=count(adapter), test_best=test_best, **options))
+    stored.delete()
     print("\n" + table(rows))
     show_answers(folder, args, split)
     print(f"\n{folder}: trained in {seconds:.0f} s, everything in {time.perf_counter() - began:.0f} s")

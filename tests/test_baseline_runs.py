@@ -9,7 +9,8 @@ import torch
 import eval as evaluation
 import train
 from data import TEMPLATES, collate, load, pick_icds
-from eval import ADAPTERS, answer, encode_images, load_model
+from eval import ADAPTERS, answer, load_model
+from features import encode_images
 from mimic import MimIC
 from model import InputError, Shifts
 from train import DEFAULTS, losses, parse
