@@ -287,7 +287,8 @@ class Processor:
 
     def __init__(self, tokenizer, config, longest_edge=980, shortest_edge=378, mean=(0.5,) * 3, std=(0.5,) * 3,
                  rescale=1 / 255, resample=Image.Resampling.BILINEAR):
-        self.tokenizer, self.longest, self.shortest, self.resample = tokenizer, longest_edge, shortest_edge, resample
+        self.tokenizer, self.config = tokenizer, config
+        self.longest, self.shortest, self.resample = longest_edge, shortest_edge, resample
         self.n_latents, self.vocab_size = config.perceiver.resampler_n_latents, config.text.vocab_size
         self.pad_id, self.bos_id = config.text.pad_token_id, self.token_id("<s>")
         self.image_ids = self.token_id("<fake_token_around_image>"), self.token_id("<image>")

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import memory
 from baselines import function_vector, rices, task_vector
 from baselines.hificl import HiFICL
 from baselines.live import LIVE
@@ -49,9 +50,11 @@ POOL_IN_MEMORY = 4096             # samples of a pool whose image features are k
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-def load_model(folder, device, dtype):
-    """→ model, processor."""
+def load_model(folder, device, dtype, check=None):
+    """→ model, processor. check(config, processor) is called before the weights are read."""
     processor = Processor.from_pretrained(folder)
+    if check:
+        check(processor.config, processor)
     model = Idefics2.from_pretrained(folder, getattr(torch, dtype), device)
     if model.device.type == "cpu" and model.config.text.hidden_size <= 256:
         torch.set_num_threads(1)              # so small that threads spend more time waiting for each other than they save
@@ -304,12 +307,13 @@ def main(argv=None):
     args.order, least = args.order or "last", {"rices": 1, "task-vector": 1, "function-vector": 2}.get(args.method, 0)
     if args.shots is not None and args.shots < least:
         raise InputError(f"--method {args.method}: expected --shots of at least {least}, found {args.shots}")
-    model, processor = load_model(args.model, args.device, args.dtype)
+    shots = args.restore_shots or 0 if args.run else SHOTS[args.method] if args.shots is None else args.shots
+    model, processor = load_model(args.model, args.device, args.dtype, lambda config, _: memory.check(args, config, 0, (shots,)))
     split = args.split or DATASETS[args.dataset].eval_split
     queries = load(args.dataset, args.data, split, args.task)[:args.limit]
     options, folder = generation_options(args), Path(args.out or args.run or f"runs/{args.dataset}-{args.method}")
     if args.run:
-        method, shots = saved["method"], args.restore_shots or 0
+        method = saved["method"]
         adapter = ADAPTERS[method].load(Path(args.run) / f"{method}.safetensors").to(args.device)
         check_fits(adapter, model, args.run)
         options |= {"shifts": adapter, "parameters": count(adapter)}
@@ -317,7 +321,7 @@ def main(argv=None):
         trained = [r["train_seconds"] for r in (read_json(old) if old.exists() else []) if r["method"] == method]
         options["train_seconds"] = trained[0] if trained else 0
     else:
-        method, shots = args.method, SHOTS[args.method] if args.shots is None else args.shots
+        method = args.method
     pool, dev = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task) if shots else ((), ())
     if method in VECTORS and args.shots is None:
         shots = max(least, min(shots, len(pool) - 1))          # few training samples: shorter prompts

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import memory
 from baselines.lora import PROJECTIONS
 from baselines.stave import STAVE, cue_length
 from data import DATASETS, collate, load, pick_icds, train_dev
@@ -347,6 +348,15 @@ def adapter_options(args, processor):
             "stave": {"n_cue": cue_length(processor, template_of(args))}}.get(args.method, {})
 
 
+def check_memory(args, config, processor):
+    """Before the weights are read: what training and evaluation will need. Raises InputError if this machine cannot do it."""
+    def adapter_of(model):
+        return ADAPTERS[args.method].for_model(model, **adapter_options(args, processor))
+
+    how = {"fit_gb": args.memory_gb} if args.fit == "layerwise" else {"adapter_of": adapter_of}
+    memory.check(args, config, args.shots, (0, *args.compare), **how)
+
+
 def start_run(args):
     """The run's folder, with args.json. A folder with a run of other arguments is left alone."""
     folder, mine = Path(args.out), vars(args)
@@ -384,7 +394,7 @@ def show_answers(folder, args, split, n=3):
 
 def main(argv=None):
     args = parse(argv)
-    model, processor = load_model(args.model, args.device, args.dtype)
+    model, processor = load_model(args.model, args.device, args.dtype, lambda *x: check_memory(args, *x))
     began = time.perf_counter()
     samples, dev = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task)
     split = DATASETS[args.dataset].eval_split
