@@ -284,12 +284,15 @@ def to_rgb(image):
 
 class Processor:
     """Tokenizer and image transform of a model folder: text → ids, PIL images → pixels."""
+    config_class = Config
+    templates, official_templates = TEMPLATES, OFFICIAL_TEMPLATES
+    counts_separators = True      # official: a masked separator takes a position
 
     def __init__(self, tokenizer, config, longest_edge=980, shortest_edge=378, mean=(0.5,) * 3, std=(0.5,) * 3,
                  rescale=1 / 255, resample=Image.Resampling.BILINEAR):
         self.tokenizer, self.config = tokenizer, config
         self.longest, self.shortest, self.resample = longest_edge, shortest_edge, resample
-        self.n_latents, self.vocab_size = config.perceiver.resampler_n_latents, config.text.vocab_size
+        self.tokens_per_image, self.vocab_size = config.tokens_per_image, config.text.vocab_size
         self.pad_id, self.bos_id = config.text.pad_token_id, self.token_id("<s>")
         self.image_ids = self.token_id("<fake_token_around_image>"), self.token_id("<image>")
         # A byte has 256 values: the published arithmetic (rescaled in fp64, kept in fp32, normalised in fp32), done once. (256,3)
@@ -300,7 +303,7 @@ class Processor:
     def from_pretrained(cls, folder):
         """Reads tokenizer.json, config.json and, if there, preprocessor_config.json. Raises InputError for a bad one."""
         folder = Path(folder)
-        config, path = Config.from_file(folder / "config.json"), folder / "tokenizer.json"
+        config, path = cls.config_class.from_file(folder / "config.json"), folder / "tokenizer.json"
         read_json(path)                                              # a missing or truncated file is said better here
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -314,11 +317,15 @@ class Processor:
         path, options = folder / "preprocessor_config.json", {}
         if path.exists():
             raw = read_json(path)
-            size = raw.get("size") or {}
-            options = {"longest_edge": size.get("longest_edge"), "shortest_edge": size.get("shortest_edge"),
-                       "mean": raw.get("image_mean"), "std": raw.get("image_std"), "rescale": raw.get("rescale_factor"),
-                       "resample": raw.get("resample")}
+            options = {**cls.options(raw), "mean": raw.get("image_mean"), "std": raw.get("image_std"),
+                       "rescale": raw.get("rescale_factor"), "resample": raw.get("resample")}
         return cls(tokenizer, config, **{k: v for k, v in options.items() if v is not None})
+
+    @staticmethod
+    def options(raw):
+        """What preprocessor_config.json says of sizes, in the words of __init__."""
+        size = raw.get("size") or {}
+        return {"longest_edge": size.get("longest_edge"), "shortest_edge": size.get("shortest_edge")}
 
     def token_id(self, token):
         found = self.tokenizer.token_to_id(token)
@@ -361,9 +368,9 @@ class Processor:
 
     # -- text
     def expand(self, text):
-        """<image> → fake token + n_latents × <image> + fake token (<fake_token_around_image>); neighbours share one."""
+        """<image> → fake token + tokens_per_image × <image> + fake token (<fake_token_around_image>); neighbours share one."""
         fake = "<fake_token_around_image>"
-        return text.replace("<image>", fake + "<image>" * self.n_latents + fake).replace(fake + fake, fake)
+        return text.replace("<image>", fake + "<image>" * self.tokens_per_image + fake).replace(fake + fake, fake)
 
     def encode(self, text):
         """Token ids of an expanded text, <s> in front."""
@@ -451,7 +458,7 @@ def prompts(queries, icds, processor, template):
 
 
 def collate(queries, icds, processor, template, share=False):
-    """Queries with their ICDs → Batch. With the official template the separators (<unk>) are masked and counted as positions.
+    """Queries with their ICDs → Batch. With the official template the separators (<unk>) are masked as keys.
 
     share: all queries have the same ICDs, which stand in the same columns of every teacher row (any padding is behind them)."""
     teacher, student, query_lengths, answer_lengths = [], [], [], []
@@ -478,7 +485,8 @@ def collate(queries, icds, processor, template, share=False):
     if template.separator:
         for rows in teacher, student:
             rows.attention_mask = rows.input_ids != processor.pad_id
-            rows.position_ids = torch.arange(rows.input_ids.shape[1]).expand(rows.input_ids.shape)
+            if processor.counts_separators:
+                rows.position_ids = torch.arange(rows.input_ids.shape[1]).expand(rows.input_ids.shape)
     T, T_q, kept = student.input_ids.shape[1], max(query_lengths), student.attention_mask
     return Batch(teacher, student, last_columns(query_lengths, T_q) & kept[:, -T_q:], last_columns(answer_lengths, T) & kept,
                  kept & (kept.cumsum(1) > 1), n_shared)

@@ -33,8 +33,9 @@ from baselines.live import LIVE
 from baselines.lora import LoRA
 from baselines.prompt_tuning import PromptTuning
 from baselines.stave import STAVE
-from data import DATASETS, OFFICIAL_TEMPLATES, TEMPLATES, Processor, load, pick_icds, prompts, train_dev
+from data import DATASETS, Processor, load, pick_icds, prompts, train_dev
 from features import encode_images, gather, sees_alike
+from idefics1 import Idefics1, Idefics1Processor
 from metrics import cider, vqa_accuracy  # noqa: F401 (from eval import cider, vqa_accuracy)
 from mimic import MimIC
 from model import Idefics2, InputError, Shifts, read_json
@@ -43,19 +44,34 @@ from results import further_scores, official_name, official_records, score, scor
 ADAPTERS = {"mimic": MimIC, "live": LIVE, "lora": LoRA, "hificl": HiFICL, "stave": STAVE,
             "prompt-tuning": PromptTuning}       # trained by train.py; a run's file is <method>.safetensors
 VECTORS = {"task-vector": task_vector.make, "function-vector": function_vector.make}      # made of demonstrations, not trained
-SHOTS = {"zero-shot": 0, "icl": 8, "rices": 8, "task-vector": 8, "function-vector": 10}   # methods without --run: default --shots
+SHOTS = {"zero-shot": 0, "icl": None, "rices": None, "task-vector": None, "function-vector": 10}    # methods without --run:
+                                  # --shots by default, None = the model's
 POOL_IN_MEMORY = 4096             # samples of a pool whose image features are kept for the next queries
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
+MODELS = {"idefics2": (Idefics2, Processor), "idefics": (Idefics1, Idefics1Processor)}      # model_type in config.json
+
+
+def classes_of(folder):
+    """What reads this folder, by its config.json → class of the model, of the processor."""
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    found = raw.get("model_type") if isinstance(raw, dict) else raw
+    if not isinstance(found, str) or found not in MODELS:
+        raise InputError(f"{path}: expected model_type {' or '.join(map(repr, MODELS))}, found {found!r}")
+    return MODELS[found]
+
+
 def load_model(folder, device, dtype, check=None):
     """→ model, processor. check(config, processor) is called before the weights are read."""
-    processor = Processor.from_pretrained(folder)
+    model_class, processor_class = classes_of(folder)
+    processor = processor_class.from_pretrained(folder)
     if check:
         check(processor.config, processor)
-    model = Idefics2.from_pretrained(folder, getattr(torch, dtype), device)
+    model = model_class.from_pretrained(folder, getattr(torch, dtype), device)
     if model.device.type == "cpu" and model.config.text.hidden_size <= 256:
         torch.set_num_threads(1)              # so small that threads spend more time waiting for each other than they save
     return model, processor
@@ -81,7 +97,7 @@ def answer(model, processor, dataset, queries, pool=(), shots=0, shifts=None, se
     of tokens of a prompt, image tokens included."""
     task = DATASETS[dataset]
     shifts = shifts if shifts is not None else Shifts()
-    template = shifts.template(template or TEMPLATES[task.task])
+    template = shifts.template(template or processor.templates[task.task])
     base, model = model, shifts.student(model)
     features = features if features is not None and sees_alike(base, model) else {}
     answers, tokens, seconds = [""] * len(queries), 0, 0.0
@@ -220,12 +236,12 @@ def resolve(args):
         raise InputError(f"--device: expected a device of this machine, found {args.device} ({str(e).splitlines()[0]})") from None
 
 
-def template_of(args):
-    return (OFFICIAL_TEMPLATES if args.official else TEMPLATES)[DATASETS[args.dataset].task]
+def template_of(args, processor):
+    return (processor.official_templates if args.official else processor.templates)[DATASETS[args.dataset].task]
 
 
-def generation_options(args):
-    return {"template": template_of(args), "num_beams": args.num_beams, "length_penalty": args.length_penalty,
+def generation_options(args, processor):
+    return {"template": template_of(args, processor), "num_beams": args.num_beams, "length_penalty": args.length_penalty,
             "batch_size": args.eval_batch_size}
 
 
@@ -241,7 +257,7 @@ def nearest(args, model, processor, pool, queries, folder):
 
 def make_vector(args, model, processor, pool, dev, shots, folder):
     """A task or function vector, its layer chosen on dev, written to METHOD.safetensors → options of `evaluate`."""
-    began, features, options = time.perf_counter(), {}, generation_options(args)
+    began, features, options = time.perf_counter(), {}, generation_options(args, processor)
     if not dev:
         raise InputError(f"--method {args.method}: expected dev samples to choose the layer with, found none")
 
@@ -267,7 +283,8 @@ def main(argv=None):
     run.add_argument("--method", choices=SHOTS, default=None,
                      help="without --run (default: icl if --shots is given, else zero-shot)")
     run.add_argument("--shots", type=int, default=None,
-                     help="ICDs before each query, or in the prompts that a vector is made of (default 8; function-vector 10)")
+                     help="ICDs before each query, or in the prompts that a vector is made of (default: the model's, 8 of "
+                          "Idefics2; function-vector 10)")
     run.add_argument("--order", choices=("last", "first"), default=None,
                      help="for --method rices: where the most similar ICD stands (default last)")
     run.add_argument("--restore-shots", type=int, default=None, metavar="K",
@@ -307,11 +324,14 @@ def main(argv=None):
     args.order, least = args.order or "last", {"rices": 1, "task-vector": 1, "function-vector": 2}.get(args.method, 0)
     if args.shots is not None and args.shots < least:
         raise InputError(f"--method {args.method}: expected --shots of at least {least}, found {args.shots}")
-    shots = args.restore_shots or 0 if args.run else SHOTS[args.method] if args.shots is None else args.shots
-    model, processor = load_model(args.model, args.device, args.dtype, lambda config, _: memory.check(args, config, 0, (shots,)))
+    kind = classes_of(args.model)[0]
+    default = kind.shots if SHOTS[args.method] is None else SHOTS[args.method]
+    shots = args.restore_shots or 0 if args.run else default if args.shots is None else args.shots
+    model, processor = load_model(args.model, args.device, args.dtype,
+                                  lambda config, _: memory.check(args, config, 0, (shots,), kind=kind))
     split = args.split or DATASETS[args.dataset].eval_split
     queries = load(args.dataset, args.data, split, args.task)[:args.limit]
-    options, folder = generation_options(args), Path(args.out or args.run or f"runs/{args.dataset}-{args.method}")
+    options, folder = generation_options(args, processor), Path(args.out or args.run or f"runs/{args.dataset}-{args.method}")
     if args.run:
         method = saved["method"]
         adapter = ADAPTERS[method].load(Path(args.run) / f"{method}.safetensors").to(args.device)

@@ -228,13 +228,14 @@ def plan(model, chunks, image_ids, tokens, memory_gb):
 
 
 @torch.no_grad()
-def fit(model, mimic, chunks, kept, on_disk, embed, folder):
+def fit(model, mimic, chunks, kept, on_disk, embed, folder, pictures=None):
     """Fits every layer of `mimic` (already on the model's device) → the shares of Δ that each layer explains.
 
-    chunks, kept, on_disk: as of `plan`; embed(rows) → embeddings (B,T,d), images in place. on_disk: the states of all chunks lie
+    chunks, kept, on_disk: as of `plan`; embed(rows) → embeddings (B,T,d), images in place, and pictures(rows) → what the decoder
+    sees of them beside these (for a model that looks at them between its layers). on_disk: the states of all chunks lie
     in folder/states, as bf16. After each layer the adapter is written to folder/fit.safetensors; a fit that finds one there
     goes on behind its last layer."""
-    text, path, shares = model.config.text, folder / "fit.safetensors", []
+    text, text_model, path, shares = model.config.text, model.text_model, folder / "fit.safetensors", []
     L, H, D, d, dtype = text.num_hidden_layers, text.num_attention_heads, text.head_dim, text.hidden_size, mimic.vector.dtype
     if path.exists():
         mimic.load_state_dict(MimIC.load(path).state_dict())
@@ -245,13 +246,17 @@ def fit(model, mimic, chunks, kept, on_disk, embed, folder):
         return shares
     states, N = States(folder / "states" if on_disk else None), sum(int(k.sum()) for k in kept)
     demonstrations = [[is_demonstration(batch) for batch in draws] for draws in chunks]
+
+    def put(key, layer, x, rows):                                            # states wait where the layer's attention reads them
+        states.put(key, text_model.enter(layer, x, pictures(rows)) if layer in text_model.crossed else x)
+
     for c, draws in enumerate(chunks):
-        states.put(f"student-{c}", embed(draws[0].student))
+        put(f"student-{c}", 0, embed(draws[0].student), draws[0].student)
         for n, batch in enumerate(draws):
-            states.put(f"teacher-{c}-{n}", embed(batch.teacher))
+            put(f"teacher-{c}-{n}", 0, embed(batch.teacher), batch.teacher)
     with tqdm(total=L * len(chunks), desc="fit", unit="chunk") as bar:
         for layer in range(L):
-            w_o, at = model.text_model.layers[layer].self_attn.o_proj.weight, 0
+            w_o, at = text_model.layers[layer].self_attn.o_proj.weight, 0
             q, log_z1, log_z2, delta = (torch.empty(*shape, dtype=dtype, device=model.device)
                                         for shape in ((H, N, D), (N, H), (N, H), (N, d)))
             for c, draws in enumerate(chunks):
@@ -261,7 +266,7 @@ def fit(model, mimic, chunks, kept, on_disk, embed, folder):
                 for n, batch in enumerate(draws):                            # 1. teacher: the mean over its draws
                     h, z, above = teacher(
                         model, layer, states.get(f"teacher-{c}-{n}", w_o), batch.teacher, demonstrations[c][n], T_q)
-                    states.put(f"teacher-{c}-{n}", above)
+                    put(f"teacher-{c}-{n}", layer + 1, above, batch.teacher)
                     h_T, z1 = h_T + h.to(dtype) / len(draws), z1 + z / len(draws)
                 if layer >= done:
                     h_S, queries, z2 = student(model, layer, states.get(f"student-{c}", w_o), draws[0].student)   # 2. student
@@ -274,7 +279,8 @@ def fit(model, mimic, chunks, kept, on_disk, embed, folder):
                 mimic.save(path, shares=json.dumps(shares))
                 bar.set_postfix(explained=" ".join(f"{x:.2f}" for x in shares[-6:]))
             for c, draws in enumerate(chunks if layer + 1 < L else ()):      # 6. advance
-                states.put(f"student-{c}", advance(model, layer, states.get(f"student-{c}", w_o), draws[0].student, mimic))
+                x = advance(model, layer, states.get(f"student-{c}", w_o), draws[0].student, mimic)
+                put(f"student-{c}", layer + 1, x, draws[0].student)
     shutil.rmtree(folder / "states", ignore_errors=True)
     return shares
 

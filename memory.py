@@ -2,7 +2,8 @@
 
 Weights are counted by their shapes. What autograd keeps of the student's pass is counted by running that very pass on the meta
 device, where tensors have shapes and no memory. The rest, the widest moment of a pass without gradients and the decoder's
-cache, are short formulas. An estimate: prompts are taken to have TEXT_TOKENS tokens of text an example.
+cache, are short formulas. An estimate: prompts are taken to have TEXT_TOKENS tokens of text an example, and the attention to
+pictures of a decoder that has it, a few per cent, is left out.
 """
 
 import os
@@ -16,10 +17,10 @@ TEXT_TOKENS = 32                  # of a question with its template and answer: 
 GIB = 2 ** 30
 
 
-def meta_model(config, dtype):
-    """The model's shapes, without memory."""
+def meta_model(config, dtype, kind=Idefics2):
+    """The shapes of a model of that kind, without memory."""
     with torch.device("meta"):
-        return Idefics2(config).to(dtype).requires_grad_(False).eval()
+        return kind(config).to(dtype).requires_grad_(False).eval()
 
 
 def kept_by_autograd(model, shifts, B, T):
@@ -57,7 +58,7 @@ def parts(model, shots, eval_shots, beams, eval_batch, batch=0, adapter_of=None,
 
     model: on meta, as `meta_model` makes it."""
     config, itemsize = model.config, model.dtype.itemsize
-    one = config.perceiver.resampler_n_latents + TEXT_TOKENS
+    one = config.tokens_per_image + TEXT_TOKENS
     found = {"weights": sum(p.numel() for p in model.parameters()) * itemsize}
     teacher, text = widest_moment(config, batch, (shots + 1) * one, itemsize), config.text
     if adapter_of:
@@ -87,7 +88,7 @@ def free(device):
     return None
 
 
-def check(args, config, shots=0, eval_shots=(0,), adapter_of=None, fit_gb=None):
+def check(args, config, shots=0, eval_shots=(0,), adapter_of=None, fit_gb=None, kind=Idefics2):
     """Prints what the run needs and what there is. Raises InputError with options that would fit if it cannot.
 
     args: device, dtype, num_beams, eval_batch_size and, for training, batch_size and accumulate; the rest: see `parts`."""
@@ -95,7 +96,8 @@ def check(args, config, shots=0, eval_shots=(0,), adapter_of=None, fit_gb=None):
         return parts(model, shots, eval_shots, args.num_beams, eval_batch_size, batch_size, adapter_of, fit_gb)
 
     batch_sizes = {"batch_size": getattr(args, "batch_size", 0), "eval_batch_size": args.eval_batch_size}
-    found, there = estimate(meta_model(config, getattr(torch, args.dtype)), **batch_sizes), free(args.device)
+    found = estimate(meta_model(config, getattr(torch, args.dtype), kind), **batch_sizes)
+    there = free(args.device)
     what = " + ".join(f"{name} {gib:.3g}" for name, gib in found.items())
     line = f"memory in GiB: {what}, at most {needed(found):.3g} at a time; free on {args.device}: "
     print(line + ("unknown" if there is None else f"{there:.3g}"))
@@ -103,7 +105,7 @@ def check(args, config, shots=0, eval_shots=(0,), adapter_of=None, fit_gb=None):
         return
     advice = "no batch is small enough"
     for dtype in dict.fromkeys(("bfloat16", args.dtype)):              # the last that fits is the best advice
-        model, smaller = meta_model(config, getattr(torch, dtype)), dict(batch_sizes)
+        model, smaller = meta_model(config, getattr(torch, dtype), kind), dict(batch_sizes)
         while needed(fits := estimate(model, **smaller)) > there and max(smaller.values()) > 1:
             larger = max(smaller, key=smaller.get)
             smaller[larger] //= 2

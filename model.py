@@ -90,6 +90,11 @@ class Config:
     text: TextConfig = field(default_factory=TextConfig)
     image_token_id: int = 32001
 
+    @property
+    def tokens_per_image(self):
+        """How many <image> tokens of a prompt are one picture."""
+        return self.perceiver.resampler_n_latents
+
     def __post_init__(self):
         self.text.head_dim = self.text.head_dim or self.text.hidden_size // self.text.num_attention_heads
         self.perceiver.rms_norm_eps = self.perceiver.rms_norm_eps or self.text.rms_norm_eps
@@ -622,7 +627,7 @@ class Idefics2(nn.Module):
                              f"({self.config.perceiver.resampler_n_latents} an image)")
         return x.masked_scatter(slots.unsqueeze(-1), image_features.to(x.device, x.dtype)) if n_slots else x
 
-    def pictures(self, input_ids, image_features):
+    def pictures(self, input_ids, image_features, cache=None):
         """What the decoder's layers see of the pictures beside the embeddings: nothing."""
         return None
 
@@ -638,7 +643,7 @@ class Idefics2(nn.Module):
         if cache is not None and cache.length > 0 and image_features is None:      # a generated <image> is an ordinary token
             x, pictures = self.text_model.embed_tokens(input_ids), None
         else:
-            x, pictures = self.embed(input_ids, image_features), self.pictures(input_ids, image_features)
+            x, pictures = self.embed(input_ids, image_features), self.pictures(input_ids, image_features, cache)
         x = self.text_model(shifts.after_embedding(input_ids, x), attention_mask, position_ids, shifts, cache, pictures)
         if cache is not None:
             cache.length += input_ids.shape[1]

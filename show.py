@@ -19,7 +19,8 @@ from itertools import groupby
 from pathlib import Path
 
 import toy
-from data import DATASETS, OFFICIAL_TEMPLATES, TEMPLATES, Processor, collate, pick_icds, render, to_rgb, train_dev
+from data import DATASETS, collate, pick_icds, render, to_rgb, train_dev
+from eval import classes_of, template_of
 from model import InputError
 
 HEAD = ("column", "id", "token", "attention", "image", "aligned", "CE", "part")
@@ -56,7 +57,7 @@ def describe(batch, b, icds, query, processor, template, teacher, read):
     for column, token_id in enumerate(ids):
         image, place = "", column - padding
         if token_id == processor.image_ids[1]:
-            n, seen = seen // processor.n_latents, seen + 1
+            n, seen = seen // processor.tokens_per_image, seen + 1
             image = f"{n + 1} of {len(pictures)}: {pictures[n].image_id}"
         part = "padding" if place < 0 else next((name for name, start in reversed(starts) if start <= place), "<s>")
         aligned = column >= T - T_q and batch.align[b, column - (T - T_q)].item()
@@ -112,9 +113,9 @@ def main(words):
     for name, least in {"samples": 1, "dev_samples": 0, "shots": 0, "batch_size": 1}.items():
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, found {getattr(args, name)}")
-    processor = Processor.from_pretrained(args.model)
+    processor = classes_of(args.model)[1].from_pretrained(args.model)
     samples, _ = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task)
-    template = (OFFICIAL_TEMPLATES if args.official else TEMPLATES)[DATASETS[args.dataset].task]
+    template = template_of(args, processor)
     queries, icds = first_batch(samples, args)
     batch = collate(queries, icds, processor, template)
     read = batch.sequence if args.official else batch.answer

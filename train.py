@@ -35,6 +35,7 @@ from eval import (
     ADAPTERS,
     add_common_arguments,
     answer,
+    classes_of,
     count,
     evaluate,
     generation_options,
@@ -53,15 +54,16 @@ from mimic import Recorder, align_loss
 from model import InputError, KVCache, read_json
 
 COMPARE = [0, 1, 2, 4, 8]         # shots of in-context learning that a toy run shows beside MimIC
-DEFAULTS = {                      # highest rate; that on the toys; weights of L_align and of the LM loss; demonstrations
-    "mimic":         (5e-3, 2e-2, 1.0, 0.5, 8),
-    "live":          (5e-3, 2e-2, 1.0, 0.5, 8),           # L_align: KL
-    "lora":          (5e-4, 2e-3, 0.0, 1.0, 8),           # the LM loss alone: no teacher, so no demonstrations either
-    "hificl":        (5e-3, 2e-2, 0.0, 1.0, 8),
+DEFAULTS = {                      # highest rate; that on the toys; weights of L_align and of the LM loss; demonstrations (None =
+    "mimic":         (5e-3, 2e-2, 1.0, 0.5, None),        # as the paper gives this model)
+    "live":          (5e-3, 2e-2, 1.0, 0.5, None),        # L_align: KL
+    "lora":          (5e-4, 2e-3, 0.0, 1.0, None),        # the LM loss alone: no teacher, so no demonstrations either
+    "hificl":        (5e-3, 2e-2, 0.0, 1.0, None),
     "stave":         (3e-3, 3e-1, 0.0, 1.0, 1),           # the LM loss with and without demonstrations; its authors: 8 on COCO
-    "prompt-tuning": (1e-2, 2e-2, 0.0, 1.0, 8),
+    "prompt-tuning": (1e-2, 2e-2, 0.0, 1.0, None),
 }
-EPOCHS = (99, 15), (500, 10), (math.inf, 5)               # up to so many samples, so many epochs: as the official code
+EPOCHS = (99, 15), (500, 10), (math.inf, None)            # up to so many samples, so many epochs (None = as the paper trains the
+                                                          # model with 1,000): as the official code
 
 
 def parse(argv):
@@ -76,7 +78,8 @@ def parse(argv):
     method.add_argument("--init", choices=("random", "layerwise"), default="random",
                         help="where training starts (default %(default)s); layerwise = from what --fit layerwise finds")
     method.add_argument("--shots", type=int, default=None,
-                        help="demonstrations the teacher reads (default 8; stave, which has no teacher but reads them: 1)")
+                        help="demonstrations the teacher reads (default: the paper's for the model, 8 of Idefics2; stave, "
+                             "which has no teacher but reads them: 1)")
     method.add_argument("--draws", type=int, default=0, metavar="N",
                         help="different sets of demonstrations a query meets; 0 (default) = a new one every epoch, or for the "
                              "layer-wise fit as many as make 1,000 pairs of query and set, 10 at most")
@@ -113,7 +116,8 @@ def parse(argv):
     method.add_argument("--lambda-ce", type=float, default=None,
                         help="weight of the LM loss, λ (default 0.5 for mimic and live, else 1)")
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=int, default=None, help="(default: 15 below 100 samples, 10 up to 500, else 5)")
+    optimisation.add_argument("--epochs", type=int, default=None, help="(default: 15 below 100 samples, 10 up to 500, else "
+                                                                         "the paper's for the model, 5 of Idefics2)")
     optimisation.add_argument("--batch-size", type=int, default=4, help="queries at a time (default %(default)s)")
     optimisation.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step (default %(default)s)")
     optimisation.add_argument("--lr", type=float, default=None,
@@ -139,6 +143,8 @@ def parse(argv):
     args.lambda_align, args.lambda_ce, args.shots = (
         default if given is None else given
         for given, default in zip((args.lambda_align, args.lambda_ce, args.shots), weights, strict=True))
+    if args.shots is None:
+        args.shots = classes_of(args.model)[0].shots
     args.compare = (COMPARE if toy else []) if args.compare is None else args.compare
     args.align_on = args.align_on or ("logits" if args.method == "live" else "ffn" if args.official else "layer")
     args.ce_on = args.ce_on or ("sequence" if args.official else "answer")
@@ -260,14 +266,15 @@ def train(args, model, processor, adapter, samples, dev, test, features, folder)
     trained = [p for p in adapter.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(adapter.groups(args.lr), weight_decay=args.weight_decay)
     highest = [group["lr"] for group in optimiser.param_groups]
-    template, path = adapter.template(template_of(args)), folder / f"{args.method}.safetensors"
+    template, path = adapter.template(template_of(args, processor)), folder / f"{args.method}.safetensors"
     per_step = args.batch_size * args.accumulate
     steps_an_epoch = math.ceil(len(samples) / per_step)
     steps, step, best, test_best, seconds = args.epochs * steps_an_epoch, 0, -math.inf, None, 0.0
 
     def score_on(items):
         adapter.eval()
-        answers, _ = answer(model, processor, args.dataset, items, shifts=adapter, features=features, **generation_options(args))
+        answers, _ = answer(model, processor, args.dataset, items, shifts=adapter, features=features, 
+                            **generation_options(args, processor))
         return score(args.dataset, items, answers, args.data)[0]
 
     if args.init == "layerwise" and dev:                # the fit is a candidate, too
@@ -329,7 +336,7 @@ def about(args):
 
 def layerwise_chunks(args, samples, processor):
     """What the layer-wise fit reads: lists of Batch, the same queries with other demonstrations each (fit.plan)."""
-    draws, template = args.draws or max(1, min(10, round(1000 / len(samples)))), template_of(args)
+    draws, template = args.draws or max(1, min(10, round(1000 / len(samples)))), template_of(args, processor)
 
     def collated(queries, draw):
         icds = [pick_icds(samples, q, args.shots, f"{args.seed}-{draw}-{q.id}") for q in queries]
@@ -345,7 +352,7 @@ def adapter_options(args, processor):
     return {"mimic": {"z2": args.z2, "mu_of": args.mu},
             "lora": {"targets": args.targets, "scope": args.scope, **rank},
             "hificl": rank,
-            "stave": {"n_cue": cue_length(processor, template_of(args))}}.get(args.method, {})
+            "stave": {"n_cue": cue_length(processor, template_of(args, processor))}}.get(args.method, {})
 
 
 def check_memory(args, config, processor):
@@ -354,7 +361,7 @@ def check_memory(args, config, processor):
         return ADAPTERS[args.method].for_model(model, **adapter_options(args, processor))
 
     how = {"fit_gb": args.memory_gb} if args.fit == "layerwise" else {"adapter_of": adapter_of}
-    memory.check(args, config, args.shots, (0, *args.compare), **how)
+    memory.check(args, config, args.shots, (0, *args.compare), kind=classes_of(args.model)[0], **how)
 
 
 def start_run(args):
@@ -399,7 +406,7 @@ def main(argv=None):
     samples, dev = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task)
     split = DATASETS[args.dataset].eval_split
     queries = load(args.dataset, args.data, split, args.task)[:args.limit]
-    args.epochs = args.epochs or next(n for most, n in EPOCHS if len(samples) <= most)
+    args.epochs = args.epochs or next(n or model.epochs for most, n in EPOCHS if len(samples) <= most)
     demonstrations(args, samples, samples[:args.batch_size], 0)           # too few samples? say it before the long work
     layerwise = "layerwise" in (args.fit, args.init)
     if layerwise:                                              # too little memory? likewise
@@ -414,7 +421,10 @@ def main(argv=None):
         def embed(rows):
             return model.embed(rows.input_ids.to(model.device), gather(features, rows.samples))
 
-        shares = fit(model, adapter, chunks, kept, on_disk, embed, folder)
+        def pictures(rows):
+            return model.pictures(rows.input_ids.to(model.device), gather(features, rows.samples))
+
+        shares = fit(model, adapter, chunks, kept, on_disk, embed, folder, pictures)
         print("explained of the shift, layer by layer: " + " ".join(f"{share:.2f}" for share in shares))
     seconds, test_best = time.perf_counter() - began, None
     if args.fit == "layerwise":
@@ -429,7 +439,7 @@ def main(argv=None):
     if not all(q.answers for q in queries):
         print(f"{args.dataset} {split} has no annotations in {args.data}: evaluating on the {len(dev)} dev samples instead")
         split, queries = "dev", dev
-    options, rows = generation_options(args) | {"features": features, "seed": args.seed, "root": args.data}, []
+    options, rows = generation_options(args, processor) | {"features": features, "seed": args.seed, "root": args.data}, []
     for shots in args.compare:
         rows.append(evaluate(folder, model, processor, args.dataset, split, queries, "icl" if shots else "zero-shot", shots,
                              pool=samples, **options))

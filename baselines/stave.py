@@ -19,8 +19,10 @@ from model import InputError, Shifts
 
 def cue_length(processor, template):
     """Tokens of the answer's cue: of what a template has behind question and picture (0 if it has nothing there)."""
-    cue = re.split(r"\{question\}|<image>", template.query)[-1].strip()
-    return len(processor.encode("\n" + cue)) - len(processor.encode("\n"))
+    text = processor.expand(template.query.format(question="?"))
+    place = len(text) - len(re.split(r"\{question\}|<image>", template.query)[-1].strip())
+    starts = processor.encode_with_offsets(text)[1]
+    return sum(start > place for start in starts) + 1 if place < len(text) else 0     # its first may begin at a space before
 
 
 class STAVE(nn.Module, Shifts):
