@@ -282,7 +282,7 @@ class Pictures:
     """The pictures of B prompts as the blocks read them: .features (B,M·n,d_vision), M those of the row that has most, zeros
     behind the others' own; .mask (B,1,T,S·n) bool, a token sees the latest; .seen (B,T,1) bool, False = no picture yet.
 
-    kept (B,1,1) bool: an earlier pass has left a picture of the rows where it is True. It stands before the new ones: S = 1 + M."""
+    kept (B,1,1) bool: the rows of which an earlier pass has left a picture. It stands before the new ones: S = 1 + M, else M."""
 
     def __init__(self, which, counts, image_features, kept=None):
         numbers, self.n = torch.arange(int(counts.max()), device=which.device), image_features.shape[1]
@@ -313,7 +313,7 @@ class CrossDecoder(TextModel):
         self.perceiver_resampler = Resampler(c.perceiver, d_vision) if c.use_resampler else nn.Identity()
 
     def enter(self, layer, x, pictures, cache=None):
-        """The block before a layer.  x (B,T,d) → (B,T,d). pictures: of `Idefics1.pictures`. Each pass leaves the keys and values of
+        """The block before a layer.  x (B,T,d) → (B,T,d). pictures: of `Idefics1.pictures`. Each pass leaves keys and values of
         every row's last picture in the cache: what the next tokens look at."""
         block = self.gated_cross_attn_layers[self.crossed.index(layer)]
         k, v, seen = cache.pictures.get(layer, (None,) * 3) if cache is not None else (None,) * 3

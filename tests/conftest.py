@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model import Config, Idefics2
+from eval import classes_of
 
 torch.set_num_threads(1)         # the models of the tests are too small for two threads to help
 
@@ -38,30 +38,74 @@ TINY_CONFIG = {
 }
 
 
+TINY_IDEFICS1 = {              # a block before every layer
+    "model_type": "idefics", "vocab_size": 32000, "additional_vocab_size": 2, "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0, "cross_layer_interval": 1,
+    "vision_config": {"embed_dim": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                      "image_size": 28, "patch_size": 14},
+    "perceiver_config": {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4, "resampler_head_dim": 8},
+}
+TINY = {"idefics2": TINY_CONFIG, "idefics1": TINY_IDEFICS1}
+
+
+def small(which, vocab):
+    """The tiny config with `vocab` tokens, <image> the last."""
+    config = json.loads(json.dumps(TINY[which]))
+    if which == "idefics2":
+        config["image_token_id"], config["text_config"]["vocab_size"] = vocab - 1, vocab
+    else:
+        config["vocab_size"] = vocab - 2
+    return config
+
+
 def save_model(folder, config, seed=0, std=0.1):
-    """A random Idefics2 of `config` (as config.json has it) written to `folder` as published."""
+    """A random model of `config` (as config.json has it) written to `folder` as published."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(seed)
-    model = Idefics2(Config.from_file(folder / "config.json"))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=std) if p.ndim > 1 else None
+    kind = classes_of(folder)[0]
+    model = kind(kind.config_class.from_file(folder / "config.json"))
+    for name, p in model.named_parameters():
+        if "alpha" in name:                          # gates that begin closed
+            torch.nn.init.constant_(p, 0.5)
+        elif p.ndim > 1:
+            torch.nn.init.normal_(p, std=std)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"})
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}))
+    return folder
+
+
+def with_pictures(model, ids, at=(2,)):
+    """The prompts with a picture before each of the columns `at`, and random features of them → ids, image_features."""
+    c, image = model.config, torch.full_like(ids[:, :1], model.config.image_token_id)
+    one_token = len(model.text_model.crossed) > 0                # Idefics1: a picture is one token, in the tower's width
+    n, d = (1, c.vision.hidden_size) if one_token else (c.perceiver.resampler_n_latents, c.text.hidden_size)
+    parts = [ids[:, a:b] for a, b in zip((0, *at), (*at, ids.shape[1]), strict=True)]
+    ids = torch.cat([x for part in parts for x in (part, image.expand(-1, n))][:-1], 1)
+    shape = len(ids) * len(at), c.perceiver.resampler_n_latents, d
+    return ids, torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(model.dtype)
+
+
+def tiny(which, tmp_path_factory, shared):
+    folder = save_model(tmp_path_factory.mktemp("models") / f"tiny-{which}", TINY[which])
+    shutil.copy(shared / "data/tokenizer/tokenizer.json", folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory, shared):
     """A tiny random Idefics2 with the real 32,002-word tokenizer: what a researcher's model folder looks like."""
-    folder = save_model(tmp_path_factory.mktemp("models") / "tiny-idefics2", TINY_CONFIG)
-    shutil.copy(shared / "data/tokenizer/tokenizer.json", folder)
-    return folder
+    return tiny("idefics2", tmp_path_factory, shared)
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """Three random layers in float64, vocabulary 100."""
-    config = json.loads(json.dumps(TINY_CONFIG))
-    config["image_token_id"], config["text_config"]["vocab_size"] = 99, 100
-    return Idefics2.from_pretrained(save_model(tmp_path_factory.mktemp("model"), config), torch.float64)
+@pytest.fixture(scope="session", params=TINY)
+def either_folder(request, tmp_path_factory, shared):
+    """The same of either model (Idefics1 with Idefics2's words, its own are not on this machine)."""
+    return request.getfixturevalue("tiny_folder") if request.param == "idefics2" else tiny("idefics1", tmp_path_factory, shared)
+
+
+@pytest.fixture(scope="session", params=TINY)
+def model(request, tmp_path_factory):
+    """Three random layers in float64, vocabulary 100, picture token 99; either model."""
+    folder = save_model(tmp_path_factory.mktemp("model"), small(request.param, 100))
+    return classes_of(folder)[0].from_pretrained(folder, torch.float64)

@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
+from conftest import with_pictures
 
+from idefics1 import Idefics1Config
 from mimic import MimIC, Recorder, icl_attention, mixing_weight
 from model import Config, InputError, Shifts, attention, causal_mask
 
@@ -61,9 +63,10 @@ def test_zero_vector_is_the_base_model_bit_for_bit(model):
 
     mimic = random_mimic(model)
     torch.nn.init.zeros_(mimic.vector)
-    ids, mask = prompt()
-    assert torch.equal(model(ids, mask, shifts=mimic), model(ids, mask, shifts=Explicit()))
-    torch.testing.assert_close(model(ids, mask, shifts=mimic), model(ids, mask), rtol=0, atol=1e-12)
+    ids, features = with_pictures(model, prompt()[0])
+    given = ids, torch.ones_like(ids), features
+    assert torch.equal(model(*given, shifts=mimic), model(*given, shifts=Explicit()))
+    torch.testing.assert_close(model(*given, shifts=mimic), model(*given), rtol=0, atol=1e-12)
 
 
 def test_f_to_minus_infinity_is_zero_shot_and_to_plus_infinity_adds_the_whole_vector():
@@ -74,10 +77,11 @@ def test_f_to_minus_infinity_is_zero_shot_and_to_plus_infinity_adds_the_whole_ve
         torch.testing.assert_close(mimic.after_attention(0, q, None, out, lse), expected, **EXACT)
 
 
-def test_mimic_has_263168_parameters_on_idefics2(shared, tmp_path):
-    spec = json.loads((shared / "spec/expected_idefics2-8b-base.json").read_text())["config"]
+@pytest.mark.parametrize("published, kind", [("idefics2-8b-base", Config), ("idefics-9b", Idefics1Config)])
+def test_mimic_has_263168_parameters_on_both_models(published, kind, shared, tmp_path):
+    spec = json.loads((shared / f"spec/expected_{published}.json").read_text())["config"]
     (tmp_path / "config.json").write_text(json.dumps(spec))
-    c = Config.from_file(tmp_path / "config.json").text
+    c = kind.from_file(tmp_path / "config.json").text
     assert sum(p.numel() for p in MimIC(c.num_hidden_layers, c.num_attention_heads, c.head_dim).parameters()) == 263_168
 
 
@@ -128,13 +132,14 @@ def record_mu(mimic, model, run):
 
 
 def test_prefill_and_one_by_one_decoding_use_the_same_mu(model):
-    mimic, (ids, mask) = random_mimic(model), prompt()
-    made = model.generate(ids, mask, None, 4, shifts=mimic, banned_ids=[2, 99])
+    mimic, (ids, features) = random_mimic(model), with_pictures(model, prompt()[0], at=(2, 4))
+    mask = torch.ones_like(ids)
+    made = model.generate(ids, mask, features, 4, shifts=mimic, banned_ids=[2, 99])
     whole = torch.cat([ids, made], 1)
-    decoded = record_mu(mimic, model, lambda s: model.generate(ids, mask, None, 4, shifts=s, banned_ids=[2, 99]))
+    decoded = record_mu(mimic, model, lambda s: model.generate(ids, mask, features, 4, shifts=s, banned_ids=[2, 99]))
     for i, one in enumerate(decoded):
         n = ids.shape[1] + i
-        at_once = record_mu(mimic, model, lambda s, n=n: model(whole[:, :n], torch.ones(2, n), shifts=s))
+        at_once = record_mu(mimic, model, lambda s, n=n: model(whole[:, :n], torch.ones(2, n), features, shifts=s))
         torch.testing.assert_close(one, at_once[0], rtol=0, atol=1e-12)
 
 
@@ -155,12 +160,12 @@ def test_the_official_z2_gives_prefill_another_mu_than_decoding(model):
 
 
 def test_padding_a_batch_changes_no_logits_no_mu_and_no_gradient(model):
-    ids, mask = prompt()
+    ids, features = with_pictures(model, prompt()[0], at=(2, 4))
+    mask, T, results = torch.ones_like(ids), ids.shape[1], []
     padded, padded_mask = (torch.nn.functional.pad(x, (3, 0)) for x in (ids, mask))
-    results = []
     for i, m in ((ids, mask), (padded, padded_mask)):
         mimic = random_mimic(model)
-        logits = model(i, m, shifts=mimic)[:, -7:]
+        logits = model(i, m, features, shifts=mimic)[:, -T:]
         logits.logsumexp(-1).sum().backward()
         results.append((logits, *(p.grad for p in mimic.parameters())))
     for a, b in zip(*results, strict=True):
@@ -199,6 +204,6 @@ def test_recorder_keeps_states_after_the_shifts_of_the_adapter_it_wraps(model):
     alone, wrapped = model(ids, mask, shifts=mimic), Recorder(mimic, last=3)
     assert torch.equal(model(ids, mask, shifts=wrapped), alone)
     assert len(wrapped.ffn) == len(wrapped.layer) == 3 and wrapped.layer[-1].shape == (2, 3, 64)
-    torch.testing.assert_close(model.lm_head(model.model["text_model"].norm(wrapped.layer[-1])), alone[:, -3:])
+    torch.testing.assert_close(model.lm_head(model.text_model.norm(wrapped.layer[-1])), alone[:, -3:])
     model(ids, mask, shifts=wrapped)
     assert len(wrapped.layer) == 3                                          # a new pass starts anew

@@ -9,28 +9,21 @@ import peft
 import pytest
 import spec
 import torch
-from conftest import TINY_CONFIG, save_model
+from conftest import TINY_CONFIG, with_pictures
 
 from baselines.hificl import HiFICL
 from baselines.lora import LoRA
 from baselines.prompt_tuning import PromptTuning
 from baselines.stave import STAVE, cue_length
 from data import TEMPLATES, Processor, Sample, collate, prompts, render
-from eval import ADAPTERS, check_fits, count
+from eval import ADAPTERS, check_fits, classes_of, count
+from features import sees_alike
 from model import Config, Idefics2, InputError, KVCache, attention, causal_mask
 from train import prompt_columns
 
 CLOSE = {"rtol": 0, "atol": 1e-11}
 OPTIONS = {"lora": {"rank": 4}, "stave": {"n_cue": 2}, "prompt-tuning": {"n": 3}}
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Three random layers in float64, vocabulary 100, picture token 99."""
-    config = json.loads(json.dumps(TINY_CONFIG))
-    config["image_token_id"], config["text_config"]["vocab_size"] = 99, 100
-    return Idefics2.from_pretrained(save_model(tmp_path_factory.mktemp("model"), config), torch.float64)
 
 
 def trained(method, model, **options):
@@ -56,8 +49,9 @@ def run(model, adapter, ids, mask, features=None):
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 def pictures(model, ids):
     """Two pictures, and the prompts with their tokens."""
-    pixels = torch.randn(2, 3, 28, 42, generator=torch.Generator().manual_seed(3)).double()
-    return torch.cat([ids[:, :3], torch.full((2, 4), 99), ids[:, 3:]], 1), pixels, torch.ones(2, 28, 42, dtype=torch.bool)
+    size = (28, 28) if model.text_model.crossed else (28, 42)
+    pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(3)).double()
+    return with_pictures(model, ids, at=(3,))[0], pixels, torch.ones(2, *size, dtype=torch.bool)
 
 
 @pytest.mark.parametrize("scope, dropout", [("text", 0.0), ("text", 0.3), ("all", 0.0)])
@@ -78,7 +72,8 @@ def test_lora_has_the_logits_and_gradients_of_peft(model, scope, dropout):
         logits.append(who(ids, torch.ones_like(ids), who.encode_images(pixels, pixel_mask)))
         logits[-1].square().mean().backward()
     torch.testing.assert_close(*logits, **CLOSE)
-    assert len(names) == {"text": 12, "all": 12 + 4 + 2 * 3}[scope]                # decoder, perceiver, q k v of the vision tower
+    cross, resampler = (3 * 4, 3) if model.text_model.crossed else (0, 4)
+    assert len(names) == {"text": 12, "all": 12 + cross + resampler + 2 * 3}[scope]        # and q k v of the vision tower
     for name in names:
         layer = judge.get_submodule(name)
         torch.testing.assert_close(lora.A[name.replace(".", "/")].grad, layer.lora_A.default.weight.grad, **CLOSE)
@@ -94,7 +89,7 @@ def test_lora_leaves_the_base_model_alone_and_copies_none_of_its_tensors(model):
     assert torch.equal(model(ids, mask), before) and [name for name, _ in model.named_modules()] == names
     own = {id(p) for p in lora.parameters()}
     assert {id(p) for p in student.parameters()} - own == {id(p) for p in model.parameters()}
-    assert student.model["vision_model"] is model.model["vision_model"]      # so its picture features are those of the base
+    assert sees_alike(student, model)                                        # its picture features are those of the base
 
 
 def test_merged_lora_is_plain_weights_with_the_same_logits(model):
@@ -110,12 +105,13 @@ def test_merged_lora_is_plain_weights_with_the_same_logits(model):
 def test_hificl_is_a_softmax_over_virtual_and_real_keys(model):
     hificl, layer = trained("hificl", model), 1
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, H, 5, 16, dtype=torch.float64) for H in (4, 2, 2))
+    Hkv = model.config.text.num_key_value_heads
+    q, k, v = (torch.randn(1, H, 5, 16, dtype=torch.float64) for H in (4, Hkv, Hkv))
     mask = causal_mask(torch.ones(1, 5), 5, 0)
     got = hificl.after_attention(layer, q, k, *attention(q, k, v, mask))
     K, V = hificl.K_A @ hificl.K_B, hificl.V_A @ hificl.V_B                                  # (L,H,n,D)
     for h in range(4):
-        keys, values = (torch.cat([virtual[layer, h], real[0, h // 2]]).tolist() for virtual, real in ((K, k), (V, v)))
+        keys, values = (torch.cat([virtual[layer, h], real[0, h * Hkv // 4]]).tolist() for virtual, real in ((K, k), (V, v)))
         for t in range(5):
             expected, _ = spec.attend(q[0, h, t].tolist(), keys, values, [True] * 8 + mask[0, 0, t].tolist())
             torch.testing.assert_close(got[0, h, t].tolist(), expected, rtol=0, atol=1e-12)
@@ -127,14 +123,14 @@ def test_prompt_tuning_puts_its_vectors_behind_the_first_token(model):
     tuning, (ids, mask) = trained("prompt-tuning", model), prompt()
     logits = model(ids, mask, shifts=tuning)
     for row, (tokens, kept) in enumerate(zip(ids, mask, strict=True)):
-        words = model.model["text_model"].embed_tokens(tokens[kept])
+        words = model.text_model.embed_tokens(tokens[kept])
         x = torch.cat([words[:1], tuning.vector, words[4:]])[None]
-        states = model.model["text_model"](x, torch.ones(1, x.shape[1]), torch.arange(x.shape[1])[None], tuning, None)
+        states = model.text_model(x, torch.ones(1, x.shape[1]), torch.arange(x.shape[1])[None], tuning, None)
         torch.testing.assert_close(logits[row, kept], model.lm_head(states)[0], **CLOSE)
 
 
 def test_prompt_tuning_starts_from_words_and_asks_for_placeholders(model):
-    words = model.model["text_model"].embed_tokens.weight.float()
+    words = model.text_model.embed_tokens.weight.float()
     tuning = PromptTuning.for_model(model)
     assert all((words == p).all(1).any() for p in tuning.vector)
     processor = Processor.from_pretrained(REPOSITORY / "checkpoints/tiny")
@@ -182,13 +178,16 @@ def test_a_zero_start_is_the_base_model_bit_for_bit(model):
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
-def test_parameters_on_idefics2_are_the_published_numbers(shared, tmp_path):
-    config = json.loads((shared / "spec/expected_idefics2-8b-base.json").read_text())["config"]
+@pytest.mark.parametrize("published, text, everywhere", [("idefics2-8b-base", 13_631_488, 17_588_224),
+                                                         ("idefics-9b", 16_777_216, 24_993_792)])
+def test_parameters_on_the_real_models_are_the_published_numbers(published, text, everywhere, shared, tmp_path):
+    config = json.loads((shared / f"spec/expected_{published}.json").read_text())["config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
-        real = Idefics2(Config.from_file(tmp_path / "config.json"))
-        for method, options, n in (("mimic", {}, 263_168), ("live", {}, 131_104), ("lora", {}, 13_631_488),
-                                   ("lora", {"scope": "all"}, 17_588_224), ("stave", {}, 8_192), ("prompt-tuning", {}, 81_920),
+        kind = classes_of(tmp_path)[0]
+        real = kind(kind.config_class.from_file(tmp_path / "config.json"))
+        for method, options, n in (("mimic", {}, 263_168), ("live", {}, 131_104), ("lora", {}, text),
+                                   ("lora", {"scope": "all"}, everywhere), ("stave", {}, 8_192), ("prompt-tuning", {}, 81_920),
                                    ("lora", {"targets": ["o_proj"], "rank": 1}, 262_144), ("hificl", {}, 2_228_224)):
             assert count(ADAPTERS[method].for_model(real, **options)) == n, (method, options)
 
@@ -223,13 +222,14 @@ def test_a_saved_adapter_gives_the_same_logits_and_no_other_method_loads_it(mode
 
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_decoding_with_a_cache_equals_the_full_forward(model, method):
-    adapter, (ids, mask) = trained(method, model), prompt()
-    student, cache = adapter.student(model), KVCache(3, 9)
+    adapter, (ids, features) = trained(method, model), with_pictures(model, prompt()[0], at=(6,))
+    student, mask, T = adapter.student(model), ids != 0, ids.shape[1]
+    n, cache = T - 3, KVCache(3, T)
     with torch.no_grad():
-        states = [student.hidden_states(ids[:, :6], mask[:, :6], None, adapter, cache=cache)]
-        states += [student.hidden_states(ids[:, t:t + 1], mask[:, :t + 1], None, adapter, cache=cache) for t in range(6, 9)]
-        adapter.prompt = mask & (torch.arange(9) < 6)                      # STAVE is told what was generated
-        full = student.hidden_states(ids, mask, None, adapter)
+        states = [student.hidden_states(ids[:, :n], mask[:, :n], features, adapter, cache=cache)]
+        states += [student.hidden_states(ids[:, t:t + 1], mask[:, :t + 1], None, adapter, cache=cache) for t in range(n, T)]
+        adapter.prompt = mask & (torch.arange(T) < n)                      # STAVE is told what was generated
+        full = student.hidden_states(ids, mask, features, adapter)
     torch.testing.assert_close(torch.cat(states, 1)[mask], full[mask], **CLOSE)
 
 

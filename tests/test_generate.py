@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_model import EXACT, TOLERANCE, Explicit, features_of, golden, make_batch, save_reference  # noqa: F401
 
+from idefics1 import Idefics1
 from model import Idefics2, KVCache
 
 
@@ -44,15 +45,17 @@ ENDS = {"one_end": dict(eos_token_id=2),
 SEEDS = range(10)
 
 
-@pytest.fixture(scope="module", params=ENDS)
+@pytest.fixture(scope="module", params=[(kind, ends) for kind in (Idefics2, Idefics1) for ends in ENDS],
+                ids=lambda param: f"{param[0].__name__}-{param[1]}")
 def pairs(request, tmp_path_factory):
     """(seed, their model, our model, batch, our image features) of some seeds, and the ids that end an answer."""
-    made = []
+    made, (kind, ends) = [], request.param
     for seed in SEEDS:
         folder = tmp_path_factory.mktemp("reference")
-        text = dict(num_key_value_heads=(1, 2, 4)[seed % 3], sliding_window=(None, 4, 9)[seed % 3])
-        theirs = save_reference(folder, seed, text=text, generation=ENDS[request.param], end_boost=2.3)
-        ours, batch = Idefics2.from_pretrained(folder), make_batch(theirs, seed, [1, 0, 2], [(8, 8), (12, 6)])
+        text = (dict(num_key_value_heads=(1, 2, 4)[seed % 3], sliding_window=(None, 4, 9)[seed % 3]) if kind is Idefics2
+                else dict(cross_layer_interval=1 + seed % 2, alpha_type=("float", "vector")[seed % 2]))
+        theirs = save_reference(folder, seed, text=text, generation=ENDS[ends], end_boost=2.3, kind=kind)
+        ours, batch = kind.from_pretrained(folder), make_batch(theirs, seed, [1, 0, 2], [(8, 8), (12, 6)])
         made.append((seed, theirs, ours, batch, features_of(ours, batch)))
     return made, ours.end_ids
 
@@ -91,9 +94,13 @@ def test_decoding_one_by_one_gives_the_logits_of_one_full_forward(golden, window
     model.config.text.sliding_window, before = window, model.config.text.sliding_window
     whole = model(golden.input_ids, golden.attention_mask, golden.exact_features, shifts)
     cache, parts = KVCache(model.config.text.num_hidden_layers, n), []
-    for start, end in [(0, 25), (25, 26), (26, 27), (27, n)]:             # the last image ends at 25
+    rows, columns = (golden.input_ids == golden.image_id).nonzero()[::golden.per_image].T        # the first token of each image
+    last = int(columns.max()) + golden.per_image
+    first = int(columns[(rows == 0)].max()) - 1 if golden.per_image == 1 else last      # one-token images: cut between them, too
+    for start, end in zip(cuts := sorted({0, first, last, last + 1, last + 2, n}), cuts[1:], strict=False):
+        new = golden.exact_features[(columns >= start) & (columns < end)]
         states = model.hidden_states(golden.input_ids[:, start:end], golden.attention_mask[:, :end],
-                                     golden.exact_features if start == 0 else None, shifts, cache=cache)
+                                     new if len(new) else None, shifts, cache=cache)
         parts.append(model.lm_head(states))
     model.config.text.sliding_window = before
     torch.testing.assert_close(torch.cat(parts, 1)[golden.keep], whole[golden.keep], **EXACT)
@@ -104,7 +111,8 @@ def test_more_left_padding_and_other_rows_change_no_generated_ids(golden, search
     ids = golden.model.generate(golden.input_ids, golden.attention_mask, golden.features, 8, **SEARCHES[search])
     padded, mask = (torch.nn.functional.pad(x, (5, 0)) for x in (golden.input_ids, golden.attention_mask))
     assert torch.equal(golden.model.generate(padded, mask, golden.features, 8, **SEARCHES[search]), ids)
-    short = golden.input_ids[2:, -5:], golden.attention_mask[2:, -5:]      # the row without images, alone and unpadded
+    n = int(golden.attention_mask[2].sum())
+    short = golden.input_ids[2:, -n:], golden.attention_mask[2:, -n:]      # the row without images, alone and unpadded
     alone = golden.model.generate(*short, None, 8, **SEARCHES[search])
     assert until_the_end(alone, {2}) == until_the_end(ids[2:], {2})
 
@@ -127,14 +135,14 @@ def test_explicit_attention_generates_the_same_ids(golden):  # noqa: F811
 
 def test_a_generated_image_token_is_an_ordinary_word(golden):  # noqa: F811
     """Forced: every other word is banned, so the second step is fed an image token without an image."""
-    others = set(range(130)) - {129}
+    others = set(range(golden.n_words)) - {golden.image_id}
     ids = golden.model.generate(golden.input_ids, golden.attention_mask, golden.features, 3, banned_ids=others)
-    assert ids.tolist() == [[129] * 3] * 3
+    assert ids.tolist() == [[golden.image_id] * 3] * 3
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_bf16_models_generate(shared, golden, beams):  # noqa: F811
-    model = Idefics2.from_pretrained(shared / "golden/i2_a", dtype=torch.bfloat16)
+def test_bf16_models_generate(golden, beams):  # noqa: F811
+    model = type(golden.model).from_pretrained(golden.folder, dtype=torch.bfloat16)
     features = model.encode_images(golden.pixels, golden.mask)
     ids = model.generate(golden.input_ids, golden.attention_mask, features, 8, num_beams=beams)
-    assert features.dtype == torch.bfloat16 and ids.shape[0] == 3 and ids.ge(0).all() and ids.lt(130).all()
+    assert features.dtype == torch.bfloat16 and ids.shape[0] == 3 and ids.ge(0).all() and ids.lt(golden.n_words).all()

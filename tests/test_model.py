@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from idefics1 import Idefics1, latest_picture
 from model import Idefics2, InputError, Shifts, attention, rope
 
 IMAGE = 57                       # the image token of the random models below, whose vocabulary has 60 words
@@ -48,21 +49,26 @@ def outputs_of(modules, run):
 # ---------------------------------------------------------------------------------------------------------------------
 # Vectors recorded from transformers 5.23
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def golden(shared):
-    """The model in fp32 and fp64, the inputs with their real images only, and the recorded outputs of golden/i2_a."""
-    folder = shared / "golden/i2_a"
+@pytest.fixture(scope="module", params=["i2_a", "i1_a"])
+def golden(request, shared):
+    """The model in fp32 and fp64, the inputs with their real images only, and the recorded outputs of golden/i2_a or i1_a."""
+    folder, kind = shared / "golden" / request.param, {"i2_a": Idefics2, "i1_a": Idefics1}[request.param]
     given = SimpleNamespace(**load_file(folder / "inputs.safetensors"), out=load_file(folder / "outputs.safetensors"),
-                            model=Idefics2.from_pretrained(folder), exact=Idefics2.from_pretrained(folder, torch.float64))
-    pixels, mask = given.pixel_values.flatten(0, 1), given.pixel_attention_mask.flatten(0, 1).bool()
-    given.pixels, given.mask = (x[pixels.flatten(1).any(1)] for x in (pixels, mask))
+                            folder=folder, model=kind.from_pretrained(folder), exact=kind.from_pretrained(folder, torch.float64))
+    pixels = given.pixel_values.flatten(0, 1)
+    mask = given.pixel_attention_mask.flatten(0, 1).bool() if kind is Idefics2 else torch.ones_like(pixels[:, 0]).bool()
+    given.real = pixels.flatten(1).any(1)                    # the others fill up the rows
+    given.pixels, given.mask = (x[given.real] for x in (pixels, mask))
+    given.per_image = given.model.config.perceiver.resampler_n_latents if kind is Idefics2 else 1
+    given.n_words, given.image_id = given.model.config.text.vocab_size, given.model.config.image_token_id
     given.keep = given.attention_mask.bool()
     given.features, given.exact_features = (m.encode_images(given.pixels, given.mask) for m in (given.model, given.exact))
     return given
 
 
+@pytest.mark.parametrize("golden", ["i2_a"], indirect=True)
 def test_vision_tower_and_connector_equal_the_recorded_ones_stage_by_stage(golden):
-    vision, connector = golden.model.model["vision_model"], golden.model.model["connector"]
+    vision, connector = golden.model.eyes
     stages = {"vision_embeddings": [vision.embeddings], "vision_layers": list(vision.encoder["layers"]),
               "vision_post_layernorm": [vision.post_layernorm], "modality_projection": [connector.modality_projection],
               "perceiver_layers": list(connector.perceiver_resampler.layers)}
@@ -72,6 +78,22 @@ def test_vision_tower_and_connector_equal_the_recorded_ones_stage_by_stage(golde
     torch.testing.assert_close(golden.features, golden.out["image_features"], **TOLERANCE)
 
 
+@pytest.mark.parametrize("golden", ["i1_a"], indirect=True)
+def test_clip_resampler_and_gated_blocks_equal_the_recorded_ones_stage_by_stage(golden):
+    (vision, resampler), text, real = golden.model.eyes, golden.model.text_model, golden.real
+    stages = {"vision_embeddings": [vision.embeddings], "vision_pre_layrnorm": [vision.pre_layrnorm],
+              "vision_layers": list(vision.encoder["layers"]), "perceiver_attn": [block[0] for block in resampler.blocks]}
+    for name, modules in stages.items():
+        _, ours = outputs_of(modules, lambda: golden.model.encode_images(golden.pixels, golden.mask))
+        expected = golden.out[name].view(len(modules), len(real), *golden.out[name].shape[-2:])[:, real]
+        torch.testing.assert_close(torch.stack(ours), expected, **TOLERANCE, msg=name)
+    torch.testing.assert_close(golden.features, golden.out["image_features"][real], **TOLERANCE)
+    _, ours = outputs_of(list(text.gated_cross_attn_layers),
+                         lambda: golden.model(golden.input_ids, golden.attention_mask, golden.features))
+    torch.testing.assert_close(torch.stack(ours)[:, golden.keep], golden.out["cross_layers"][:, golden.keep], **TOLERANCE)
+
+
+@pytest.mark.parametrize("golden", ["i2_a"], indirect=True)
 def test_patch_position_ids_equal_the_recorded_ones(golden):
     ids = []
     hook = golden.model.model["vision_model"].embeddings.position_embedding.register_forward_pre_hook(
@@ -89,25 +111,22 @@ def test_every_decoder_layer_and_the_logits_equal_the_recorded_ones(golden):
     torch.testing.assert_close(logits[golden.keep], golden.out["logits"][golden.keep], **TOLERANCE)
 
 
-def test_separators_of_the_official_code_are_masked_keys_that_count_as_positions(golden):
-    positions = torch.arange(golden.input_ids.shape[1]).expand_as(golden.input_ids)
+def test_separators_of_the_official_code_are_masked_keys_that_only_idefics2_counts_as_positions(golden):
+    counted = isinstance(golden.model, Idefics1) is False
+    positions = torch.arange(golden.input_ids.shape[1]).expand_as(golden.input_ids) if counted else None
     logits = golden.model(golden.sep_input_ids, golden.sep_attention_mask, golden.features, position_ids=positions)
     torch.testing.assert_close(logits[golden.keep], golden.out["sep_logits"][golden.keep], **TOLERANCE)
 
 
 def test_a_prompt_without_images_needs_no_features(golden):
-    logits = golden.model(golden.input_ids[2:], golden.attention_mask[2:])
-    torch.testing.assert_close(logits[golden.keep[2:]], golden.out["textonly_logits"][golden.keep[2:]], **TOLERANCE)
+    logits, expected = golden.model(golden.input_ids[2:], golden.attention_mask[2:]), golden.out["logits"][2:]
+    torch.testing.assert_close(logits[golden.keep[2:]], expected[golden.keep[2:]], **TOLERANCE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # transformers itself, on random models
 # ---------------------------------------------------------------------------------------------------------------------
-def save_reference(folder, seed=0, text=(), vision=(), perceiver=(), generation=(), end_boost=1.0):
-    """A random Idefics2ForConditionalGeneration of transformers, saved to `folder`. end_boost scales the end tokens' logits."""
-    transformers = pytest.importorskip("transformers")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+def idefics2_reference(transformers, text, vision, perceiver):
     text = {"model_type": "mistral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "vocab_size": 60, "pad_token_id": 0, "rms_norm_eps": 1e-5, **dict(text)}
     vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
@@ -116,13 +135,38 @@ def save_reference(folder, seed=0, text=(), vision=(), perceiver=(), generation=
                  "resampler_n_heads": 4, "resampler_head_dim": 6, "num_key_value_heads": 2, **dict(perceiver)}
     config = transformers.Idefics2Config(text_config=text, vision_config=vision, perceiver_config=perceiver, image_token_id=IMAGE)
     config._attn_implementation = "eager"
+    return transformers.Idefics2ForConditionalGeneration(config)
+
+
+def idefics1_reference(transformers, text, vision, perceiver):
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": IMAGE - 1,
+            "additional_vocab_size": 4, "cross_layer_interval": 1, "qk_layer_norms": True, "use_resampler": True,
+            "freeze_text_layers": False, "freeze_vision_layers": False, **dict(text)}
+    vision = {"embed_dim": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+              "patch_size": 4, "hidden_act": "gelu", **dict(vision)}
+    perceiver = {"resampler_n_latents": 3, "resampler_depth": 2, "resampler_n_heads": 4, "resampler_head_dim": 6,
+                 "qk_layer_norms_perceiver": True, **dict(perceiver)}
+    config = transformers.IdeficsConfig(vision_config=vision, perceiver_config=perceiver, **text)
+    config._attn_implementation = "eager"
+    return transformers.IdeficsForVisionText2Text(config)
+
+
+REFERENCES = {Idefics2: idefics2_reference, Idefics1: idefics1_reference}
+
+
+def save_reference(folder, seed=0, text=(), vision=(), perceiver=(), generation=(), end_boost=1.0, kind=Idefics2):
+    """A random model of transformers, the judge of `kind`, saved to `folder`. end_boost scales the end tokens' logits."""
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.manual_seed(seed)
-    model = transformers.Idefics2ForConditionalGeneration(config).eval()
+    model = REFERENCES[kind](transformers, text, vision, perceiver).eval()
     for name, p in model.named_parameters():      # everything random, or what a model does with ones and zeros goes unseen
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=p[0].numel() ** -0.5 if "embed" not in name and "latents" not in name else 1.0)
         else:
-            torch.nn.init.normal_(p, mean=1.0 if "norm" in name and name.endswith("weight") else 0.0, std=0.3)
+            one = "alpha" in name or "norm" in name and name.endswith("weight")
+            torch.nn.init.normal_(p, mean=1.0 if one else 0.0, std=0.3)
     model.generation_config.update(**{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **dict(generation)})
     model.lm_head.weight.data[model.generation_config.eos_token_id] *= end_boost
     model.save_pretrained(folder)
@@ -132,9 +176,12 @@ def save_reference(folder, seed=0, text=(), vision=(), perceiver=(), generation=
 def make_batch(model, seed, images, sizes, text_length=9, adjacent=False):
     """A left-padded batch for `model` with images[b] images in row b, of the pixel sizes in `sizes` (used in turn).
 
-    Holds what transformers takes (.theirs: images padded to the same size and number) and what we take (.pixels, .mask)."""
-    g = torch.Generator().manual_seed(seed)
-    n_latents, rows, real = model.config.perceiver_config.resampler_n_latents, [], []
+    Holds what transformers takes (.theirs: images padded to the same size and number) and what we take (.pixels, .mask). Idefics1
+    has one size, one token an image, and is told which image each token sees."""
+    g, rows, real = torch.Generator().manual_seed(seed), [], []
+    one_size = model.config.model_type == "idefics"
+    n_latents = 1 if one_size else model.config.perceiver_config.resampler_n_latents
+    sizes = [(28, 28)] if one_size else sizes
     for n in images:
         row = [1] + torch.randint(3, IMAGE, (text_length + int(torch.randint(0, 5, (), generator=g)),), generator=g).tolist()
         cuts = [1] * n if adjacent else torch.randint(1, len(row), (n,), generator=g).sort(descending=True).values.tolist()
@@ -148,20 +195,44 @@ def make_batch(model, seed, images, sizes, text_length=9, adjacent=False):
     theirs = {"input_ids": input_ids, "attention_mask": attention_mask}
     batch = SimpleNamespace(input_ids=input_ids, attention_mask=attention_mask, keep=attention_mask.bool(), theirs=theirs,
                             images=[image for row in real for image in row], pixels=None, mask=None)
-    if batch.images:
-        pixels, mask = torch.zeros(len(rows), max(images), 3, H, W), torch.zeros(len(rows), max(images), H, W, dtype=torch.bool)
+    if batch.images or one_size:
+        most = max(1, *images)
+        pixels, mask = torch.zeros(len(rows), most, 3, H, W), torch.zeros(len(rows), most, H, W, dtype=torch.bool)
         for b, row in enumerate(real):
             for i, image in enumerate(row):
                 h, w = image.shape[1:]
                 pixels[b, i, :, :h, :w], mask[b, i, :h, :w] = image, True
-        theirs |= {"pixel_values": pixels, "pixel_attention_mask": mask}
-        there = mask.flatten(2).any(-1)
-        batch.pixels, batch.mask = pixels[there], mask[there]
+        theirs |= {"pixel_values": pixels} | ({} if one_size else {"pixel_attention_mask": mask})
+        batch.there = mask.flatten(2).any(-1)
+        batch.pixels, batch.mask = pixels[batch.there], mask[batch.there]
+    if one_size:
+        seen = torch.zeros(*input_ids.shape, most, dtype=torch.long)
+        for b, row in enumerate(input_ids.tolist()):
+            for t in range(len(row)):
+                if n := row[:t + 1].count(IMAGE):
+                    seen[b, t, n - 1] = 1
+        theirs["image_attention_mask"] = seen
     return batch
 
 
 def features_of(model, batch):
     return model.encode_images(batch.pixels, batch.mask) if batch.images else None
+
+
+def run_reference(theirs, batch):
+    """→ logits, features of the real images (N,n_latents,d), outputs of every layer's FFN, outputs of every layer."""
+    inner = theirs.model
+    eyes, decoder = ((getattr(inner, "perceiver_resampler", inner.vision_model), inner.layers)
+                     if theirs.config.model_type == "idefics" else (inner.connector, inner.text_model.layers))
+    found = []
+    hook = eyes.register_forward_hook(lambda _m, _i, out: found.append(getattr(out, "last_hidden_state", out)))
+    with torch.no_grad():
+        result, states = outputs_of([layer.mlp for layer in decoder] + list(decoder), lambda: theirs(**batch.theirs))
+    hook.remove()
+    features = found[0] if batch.images else None
+    if batch.images and len(features) > len(batch.images):              # Idefics1's are those of the padding images, too
+        features = features[batch.there.flatten()]
+    return result.logits, features, states[:len(decoder)], states[len(decoder):]
 
 
 CASES = {
@@ -183,6 +254,20 @@ CASES = {
     "only_text": dict(images=[0, 0], sizes=[(8, 8)]),
     "five_layers": dict(text=dict(num_hidden_layers=5, intermediate_size=20), images=[0, 1], sizes=[(8, 8)]),
 }
+CASES |= {f"idefics1_{name}": dict(kind=Idefics1, sizes=None, **case) for name, case in {
+    "a_block_before_every_layer": dict(images=[2, 0, 1]),
+    "a_block_before_every_third_of_six_layers": dict(text=dict(num_hidden_layers=6, cross_layer_interval=3), images=[1, 3]),
+    "vector_gates_and_no_qk_norms": dict(text=dict(qk_layer_norms=False, alpha_type="vector"), images=[1, 2],
+                                         perceiver=dict(qk_layer_norms_perceiver=False, resampler_depth=3)),
+    "no_resampler": dict(text=dict(use_resampler=False), images=[0, 2]),
+    "adjacent_images_first_row_without": dict(images=[0, 3, 2], adjacent=True),
+    "only_text": dict(images=[0, 0]),
+    "rope_theta_and_eps": dict(text=dict(rope_parameters={"rope_type": "default", "rope_theta": 50.0}, rms_norm_eps=1e-2),
+                               vision=dict(layer_norm_eps=1e-2), images=[1]),
+    "other_sizes": dict(text=dict(num_attention_heads=8, additional_vocab_size=9, num_hidden_layers=4, cross_layer_interval=2),
+                        vision=dict(num_attention_heads=3, patch_size=7, num_hidden_layers=3),
+                        perceiver=dict(resampler_n_latents=5, resampler_n_heads=2, resampler_head_dim=9), images=[1, 2, 1]),
+}.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -191,15 +276,13 @@ def test_features_layers_and_logits_equal_transformers(case, tmp_path):
     images, sizes, adjacent = given.pop("images"), given.pop("sizes"), given.pop("adjacent", False)
     theirs = save_reference(tmp_path, seed=len(case), **given)
     batch = make_batch(theirs, len(case), images, sizes, adjacent=adjacent)
-    decoder = theirs.model.text_model.layers
-    with torch.no_grad():
-        result, states = outputs_of([layer.mlp for layer in decoder] + list(decoder), lambda: theirs(**batch.theirs))
-    ours, record = Idefics2.from_pretrained(tmp_path), Record()
+    expected_logits, expected_features, *states = run_reference(theirs, batch)
+    ours, record = given.get("kind", Idefics2).from_pretrained(tmp_path), Record()
     features = features_of(ours, batch)
     if batch.images:
-        torch.testing.assert_close(features.flatten(0, 1), result.image_hidden_states, **TOLERANCE)
+        torch.testing.assert_close(features, expected_features, **TOLERANCE)
     logits = ours(batch.input_ids, batch.attention_mask, features, record)
-    for mine, expected in zip([*record.ffn, *record.layer, logits], [*states, result.logits], strict=True):
+    for mine, expected in zip([*record.ffn, *record.layer, logits], [*states[0], *states[1], expected_logits], strict=True):
         torch.testing.assert_close(mine[batch.keep], expected[batch.keep], **TOLERANCE)
 
 
@@ -236,31 +319,34 @@ def test_a_prompt_longer_than_the_published_window_of_4096_equals_transformers(t
     torch.testing.assert_close(logits, expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", REFERENCES)
 @pytest.mark.parametrize("shifts", [None, Explicit()], ids=["fused", "explicit"])
-def test_gradients_of_every_parameter_equal_transformers(tmp_path, shifts):
-    theirs = save_reference(tmp_path)
-    ours = Idefics2.from_pretrained(tmp_path).requires_grad_(True)
+def test_gradients_of_every_parameter_equal_transformers(tmp_path, shifts, kind):
+    theirs = save_reference(tmp_path, kind=kind)
+    ours = kind.from_pretrained(tmp_path).requires_grad_(True)
     batch = make_batch(theirs, 0, [2, 0, 1], [(28, 20), (17, 24)])
     for logits in theirs(**batch.theirs).logits, ours(batch.input_ids, batch.attention_mask, features_of(ours, batch), shifts):
         answers = batch.input_ids[:, 1:].where(batch.keep[:, :-1], -100)      # no loss on padding, whose own rows mean nothing
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), answers.flatten()).backward()
     expected = dict(theirs.named_parameters())
     assert expected.keys() == dict(ours.named_parameters()).keys()
+    unused = {name for name, p in ours.named_parameters() if p.grad is None}
+    assert unused == {name for name in expected if kind is Idefics1 and "vision_model.post_layernorm" in name}
     for name, p in ours.named_parameters():
-        torch.testing.assert_close(p.grad, expected[name].grad, **TOLERANCE, msg=name)
+        if name not in unused:
+            torch.testing.assert_close(p.grad, expected[name].grad, **TOLERANCE, msg=name)
 
 
+@pytest.mark.parametrize("kind", REFERENCES)
 @pytest.mark.parametrize("shifts", [None, Explicit()], ids=["fused", "explicit"])
-def test_bf16_errors_are_at_most_twice_those_of_transformers_in_bf16(tmp_path, shifts):
-    theirs = save_reference(tmp_path, text=dict(num_hidden_layers=4))
+def test_bf16_errors_are_at_most_twice_those_of_transformers_in_bf16(tmp_path, shifts, kind):
+    theirs = save_reference(tmp_path, text=dict(num_hidden_layers=4), kind=kind)
     batch = make_batch(theirs, 0, [2, 0, 1], [(28, 20), (17, 24)], text_length=30)
-    with torch.no_grad():
-        exact, plain = theirs(**batch.theirs), theirs.to(torch.bfloat16)(**batch.theirs)
-    ours = Idefics2.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    exact, plain = run_reference(theirs, batch)[:2], run_reference(theirs.to(torch.bfloat16), batch)[:2]
+    ours = kind.from_pretrained(tmp_path, dtype=torch.bfloat16)
     features = features_of(ours, batch)
     logits = ours(batch.input_ids, batch.attention_mask, features, shifts)[batch.keep]
-    for mine, bf16, fp32 in ((features.flatten(0, 1), plain.image_hidden_states, exact.image_hidden_states),
-                             (logits, plain.logits[batch.keep], exact.logits[batch.keep])):
+    for mine, bf16, fp32 in ((features, plain[1], exact[1]), (logits, plain[0][batch.keep], exact[0][batch.keep])):
         assert mine.dtype == torch.bfloat16
         assert (mine - fp32).square().mean().sqrt() <= 2 * (bf16 - fp32).square().mean().sqrt()
 
@@ -297,6 +383,7 @@ def test_left_padding_moves_no_token_so_what_a_shift_makes_of_q_stays(golden):
     torch.testing.assert_close(*seen, **EXACT)
 
 
+@pytest.mark.parametrize("golden", ["i2_a"], indirect=True)
 def test_the_padding_of_an_image_changes_none_of_its_features(golden):
     for pixels, mask, together in zip(golden.pixels, golden.mask, golden.exact_features, strict=True):
         h, w = int(mask[:, 0].sum()), int(mask[0].sum())
@@ -315,15 +402,32 @@ def test_changing_one_image_leaves_the_features_of_the_others_alone(golden):
 
 
 def test_wrong_numbers_of_image_tokens_and_words_that_do_not_exist_are_refused(golden):
-    with pytest.raises(InputError, match=r"24 image tokens in the prompts, but 16 rows of image features \(8 an image\)"):
+    n = golden.per_image
+    rows = [f"{n * i} rows of image features \\({n} an image\\)" if n > 1 else f"features of {i} images" for i in range(4)]
+    with pytest.raises(InputError, match=f"{3 * n} image tokens in the prompts, but {rows[2]}"):
         golden.model(golden.input_ids, golden.attention_mask, golden.features[:2])
-    with pytest.raises(InputError, match="24 image tokens in the prompts, but 0 rows"):
+    with pytest.raises(InputError, match=f"{3 * n} image tokens in the prompts, but {rows[0]}"):
         golden.model(golden.input_ids, golden.attention_mask)
-    with pytest.raises(InputError, match="0 image tokens in the prompts, but 24 rows"):
+    with pytest.raises(InputError, match=f"0 image tokens in the prompts, but {rows[3]}"):
         golden.model(golden.input_ids[2:], golden.attention_mask[2:], golden.features)
-    for wrong in 130, -1:
-        with pytest.raises(InputError, match=rf"expected token ids in 0 … 129, found .*{wrong}"):
+    for wrong in golden.n_words, -1:
+        with pytest.raises(InputError, match=rf"expected token ids in 0 … {golden.n_words - 1}, found .*{wrong}"):
             golden.model(torch.tensor([[1, wrong]]), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("golden", ["i1_a"], indirect=True)
+def test_pictures_of_another_size_or_with_padding_are_refused_where_there_is_one_size(golden):
+    for pixels, mask in ((golden.pixels[..., :21], golden.mask[..., :21]), (golden.pixels, golden.mask & False)):
+        with pytest.raises(InputError, match="expected pictures of 28 x 28 pixels without padding, found 28 x"):
+            golden.model.encode_images(pixels, mask)
+
+
+def test_a_token_looks_at_the_latest_picture_as_the_published_processor_says():
+    """None before the first, none behind </s> until the next; judge: transformers' own loop, on random ids with many of both."""
+    judge = pytest.importorskip("transformers.models.idefics.processing_idefics").image_attention_mask_for_packed_input_ids
+    tokenizer = SimpleNamespace(convert_tokens_to_ids=lambda token: 3, eos_token_id=2)
+    ids = torch.randint(0, 6, (200, 12), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(latest_picture(ids, 3, 2), judge(ids, tokenizer, "pt")[0])
 
 
 def test_a_row_that_may_attend_to_nothing_gives_zero_and_minus_infinity_and_no_gradient():

@@ -55,7 +55,7 @@ def test_parts_attention_alignment_and_ce_of_real_data_are_those_of_the_batch(da
         pictures = [row["image"] for row in rows if row["image"]]
         names = queries[b:b + 1] if i % 2 else [*icds[b], queries[b]]
         assert list(dict.fromkeys(pictures)) == [f"{k + 1} of {len(names)}: {s.image_id}" for k, s in enumerate(names)]
-        assert len(pictures) == processor.n_latents * len(names)
+        assert len(pictures) == processor.tokens_per_image * len(names)
 
 
 def test_each_part_holds_its_own_words(tiny_folder, shared, capsys):
