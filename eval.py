@@ -58,6 +58,8 @@ MODELS = {"idefics2": (Idefics2, Processor), "idefics": (Idefics1, Idefics1Proce
 def classes_of(folder):
     """What reads this folder, by its config.json → class of the model, of the processor."""
     path = Path(folder) / "config.json"
+    if not path.parent.is_dir():
+        raise InputError(f"{folder}: expected a model folder with config.json and safetensors, found no such folder")
     raw = read_json(path)
     found = raw.get("model_type") if isinstance(raw, dict) else raw
     if not isinstance(found, str) or found not in MODELS:

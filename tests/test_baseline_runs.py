@@ -132,8 +132,8 @@ def test_the_answers_of_the_base_model_do_not_change_with_an_adapter_in_between(
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
-def test_every_method_runs_on_real_pictures_and_questions(method, tiny_folder, shared, tmp_path):
-    words = ["--dataset", "okvqa", "--model", str(tiny_folder), "--data", str(shared / "data"), "--out", str(tmp_path)]
+def test_every_method_runs_on_real_pictures_and_questions(method, either_folder, shared, tmp_path):
+    words = ["--dataset", "okvqa", "--model", str(either_folder), "--data", str(shared / "data"), "--out", str(tmp_path)]
     row, = train.main([*words, "--method", method, "--samples", "6", "--epochs", "1", "--limit", "2", "--num-beams", "2",
                        "--shots", "2", "--test-every-epoch"])
     assert row["method"] == method and row["n"] == 2 and row["test_best"] == row["score"] and row["score_of"] == "stemmed"

@@ -17,16 +17,16 @@ from model import InputError
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def run_train(dataset, tiny_folder, shared, out, *more):
+def run_train(dataset, folder, shared, out, *more):
     """One set of demonstrations a query and a high rate, so that a handful of steps on random weights can be seen to work."""
-    return train.main(["--dataset", dataset, "--model", str(tiny_folder), "--data", str(shared / "data"), "--out", str(out),
-                       "--epochs", "8", "--lr", "0.05", "--draws", "1", "--num-beams", "2", *more])
+    return train.main(["--dataset", dataset, "--model", str(folder), "--data", str(shared / "data"), "--out", str(out),
+                       "--shots", "8", "--epochs", "8", "--lr", "0.05", "--draws", "1", "--num-beams", "2", *more])
 
 
 @pytest.fixture(scope="module")
-def okvqa_run(tiny_folder, shared, tmp_path_factory):
+def okvqa_run(either_folder, shared, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "okvqa"
-    run_train("okvqa", tiny_folder, shared, out, "--compare", "0", "2")
+    run_train("okvqa", either_folder, shared, out, "--compare", "0", "2")
     return out
 
 
@@ -71,8 +71,8 @@ def test_train_vqav2_without_val_annotations_evaluates_on_dev(tiny_folder, share
 
 
 @pytest.mark.parametrize("dataset", ["okvqa", "coco"])
-def test_train_official_runs(dataset, tiny_folder, shared, tmp_path):
-    rows = run_train(dataset, tiny_folder, shared, tmp_path / "run", "--official", "--epochs", "1", "--limit", "2")
+def test_train_official_runs(dataset, either_folder, shared, tmp_path):
+    rows = run_train(dataset, either_folder, shared, tmp_path / "run", "--official", "--epochs", "1", "--limit", "2")
     args = json.loads((tmp_path / "run/args.json").read_text())
     assert (args["align_on"], args["ce_on"], args["z2"], args["align_norm"]) == ("ffn", "sequence", "unmasked", False)
     assert rows[-1]["n"] == 2
@@ -114,18 +114,18 @@ def test_eval_answers_a_split_without_annotations_unscored(tiny_folder, shared, 
     assert row["score"] is None and row["n"] == 5 and "not scored" in capsys.readouterr().out
 
 
-def test_batch_size_and_order_change_no_answer(tiny_folder, shared):
+def test_batch_size_and_order_change_no_answer(either_folder, shared):
     from data import load
-    model, processor = evaluation.load_model(tiny_folder, "cpu", "float32")
+    model, processor = evaluation.load_model(either_folder, "cpu", "float32")
     queries = load("okvqa", shared / "data", "val")[:6]
     said = [evaluation.answer(model, processor, "okvqa", order, batch_size=size)[0]
             for order, size in ((queries, 1), (queries, 4), (queries[::-1], 6))]
     assert said[0] == said[1] == said[2][::-1]
 
 
-def test_a_run_of_other_arguments_is_not_overwritten(okvqa_run, tiny_folder, shared):
+def test_a_run_of_other_arguments_is_not_overwritten(okvqa_run, either_folder, shared):
     with pytest.raises(InputError, match="found other epochs"):
-        run_train("okvqa", tiny_folder, shared, okvqa_run, "--compare", "0", "2", "--epochs", "1")
+        run_train("okvqa", either_folder, shared, okvqa_run, "--compare", "0", "2", "--epochs", "1")
 
 
 def test_an_adapter_of_another_model_is_refused(okvqa_run, tmp_path, shared):
@@ -207,9 +207,9 @@ def test_live_trains_through_the_same_command(tiny_folder, shared, tmp_path):
 
 
 @pytest.mark.parametrize("dataset", ["okvqa", "coco"])
-def test_a_layer_wise_fit_runs_on_real_pictures_and_its_run_is_evaluated_again(dataset, tiny_folder, shared, tmp_path):
+def test_a_layer_wise_fit_runs_on_real_pictures_and_its_run_is_evaluated_again(dataset, either_folder, shared, tmp_path):
     """Questions of different lengths, an instruction before the demonstrations, rows padded on the left."""
     words = ["--fit", "layerwise", "--shots", "2", "--limit", "3", "--samples", "6"]
-    rows = run_train(dataset, tiny_folder, shared, tmp_path, *words)
+    rows = run_train(dataset, either_folder, shared, tmp_path, *words)
     again = evaluation.main(["--run", str(tmp_path), "--limit", "3", "--out", str(tmp_path / "again")])
     assert again["score"] == rows[-1]["score"] and rows[-1]["train_seconds"] > 0

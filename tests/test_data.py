@@ -8,15 +8,32 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from transformers import IdeficsProcessor, PreTrainedTokenizerFast
+from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 
-from data import TEMPLATES, Processor, Sample, collate, load, pack, pick_icds, prompts, stemmer, train_dev
+from data import Processor, Sample, collate, load, pack, pick_icds, prompts, render, stemmer, train_dev
+from eval import classes_of
+from idefics1 import Idefics1Config, Idefics1Processor, latest_picture
 from model import InputError
 
 
 @pytest.fixture(scope="module")
 def processor(tiny_folder):
     return Processor.from_pretrained(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def either(either_folder):
+    """The processor of either tiny model."""
+    return classes_of(either_folder)[1].from_pretrained(either_folder)
+
+
+@pytest.fixture(scope="module")
+def words(shared):
+    """Idefics1's processor at its published size, with Idefics2's words: its own are not on this machine."""
+    return Idefics1Processor(Tokenizer.from_file(str(shared / "data/tokenizer/tokenizer.json")), Idefics1Config())
 
 
 def test_okvqa_trains_on_the_most_common_raw_answer_and_scores_the_official_ones(shared):
@@ -75,6 +92,53 @@ def test_ids_of_19_prompts_are_those_of_the_published_processor(shared, processo
         assert processor.encode(processor.expand(prompt["prompt"])) == [i for i, n in prompt["ids_rle"] for _ in range(n)], name
 
 
+def test_ids_of_19_prompts_are_those_of_transformers_idefics1_processor(shared, words):
+    """On the same words (its own ids are checked below, as far as they can be without its vocabulary): one string with <s>, no
+    spaces beside a picture, one <image> token a picture."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(shared / "data/tokenizer/tokenizer.json"), bos_token="<s>",
+                                        eos_token="</s>", unk_token="<unk>", pad_token="<unk>", padding_side="left")
+    judge = IdeficsProcessor(IdeficsImageProcessorPil(image_size=28), tokenizer)
+    for name, prompt in json.loads((shared / "golden/prompts.json").read_text())["idefics1"].items():
+        parts = prompt["prompt"].split("<image>")
+        items = [x for part in parts for x in (part, Image.new("RGB", (9, 9)))][:-1]
+        expected = judge(text=[[x for x in items if x != ""]], return_tensors="pt")
+        ids = words.encode(words.expand(prompt["prompt"]))
+        assert ids == expected["input_ids"][0].tolist(), name
+        if prompt["n_images"]:
+            sees = expected["image_attention_mask"][0]
+            which = sees.argmax(-1).where(sees.any(-1), -1)
+            assert torch.equal(latest_picture(torch.tensor([ids]), 32001, 2)[0], which), name
+
+
+def test_special_tokens_and_pictures_of_idefics1_prompts_are_the_recorded_ones(shared, words):
+    """The recorded ids are of its own vocabulary, ours of another: equal up to the words between the special tokens."""
+    def skeleton(ids):
+        kinds = [i if i in (0, 1, 2, 32000, 32001) else "words" for i in ids]
+        return [k for k, before in zip(kinds, [None, *kinds], strict=False) if k != "words" or before != "words"]
+
+    for name, prompt in json.loads((shared / "golden/prompts.json").read_text())["idefics1"].items():
+        ids, sees = ([i for i, n in prompt[key] for _ in range(n)] for key in ("ids_rle", "attended_image_rle"))
+        assert skeleton(words.encode(words.expand(prompt["prompt"]))) == skeleton(ids), name
+        assert latest_picture(torch.tensor([ids]), 32001, 2)[0].tolist() == sees, name
+
+
+@pytest.mark.parametrize("task", ["vqa", "caption"])
+def test_idefics1_has_the_official_prompts_of_its_own(shared, words, task):
+    """Question and answer on the picture's line, and in training <unk> before query and answer and </s> behind it."""
+    recorded = json.loads((shared / "golden/prompts.json").read_text())["idefics1"]
+    icds = {"vqa": [("What color is the cat?", "black"), ("How many dogs?", "2")],
+            "caption": [(None, "A black cat sitting on a mat."), (None, "Two dogs running in a field.")]}[task]
+    asked = {"vqa": ("Is it sunny?", "yes"), "caption": (None, "A man riding a wave on top of a surfboard.")}[task]
+    *icds, query = (Sample(i, None, question, [], answer, i) for i, (question, answer) in enumerate([*icds, asked]))
+    short = {"vqa": "vqa", "caption": "cap"}[task]
+    assert "".join(render(words.templates[task], icds, query)[:2]) == recorded[f"{short}2shot"]["prompt"]
+    template = words.official_templates[task]
+    batch = collate([query], [icds], words, template)
+    for rows, name in ((batch.teacher, "train_full"), (batch.student, "train_query_answer")):
+        expected = words.encode(words.expand(recorded[f"{short}_{name}"]["prompt"]))
+        assert rows.input_ids[0].tolist() == expected and rows.position_ids is None, name
+
+
 def test_ids_of_2495_real_texts_are_those_of_the_published_tokenizer(shared, processor):
     rows = json.loads((shared / "data/metrics/tokenizer/mistral_idefics2_tokenizer_golden.json").read_text())["rows"]
     assert len(rows) == 2495 and [t for t, ids in rows if processor.encode(t) != ids] == []
@@ -91,22 +155,30 @@ def test_a_token_without_a_row_in_the_model_is_refused_by_name(processor):
 
 
 # -- pixels
-def judge(pictures):
+def judge(pictures, processor):
     """transformers' PIL processor → pixel_values (N,3,H,W), pixel_mask (N,H,W)."""
+    if isinstance(processor, Idefics1Processor):
+        values = IdeficsImageProcessorPil()(images=pictures, return_tensors="pt")
+        return values, torch.ones_like(values[:, 0]).bool()
     out = Idefics2ImageProcessorPil(do_image_splitting=False)(images=[pictures], return_tensors="pt")
     return out["pixel_values"][0], out["pixel_attention_mask"][0].bool()
 
 
-def test_every_jpeg_becomes_the_same_pixels_bit_by_bit(shared, processor):
+@pytest.fixture(params=["processor", "words"], ids=["idefics2", "idefics1"])
+def eyes(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_every_jpeg_becomes_the_same_pixels_bit_by_bit(shared, eyes):
     for path in sorted((shared / "data/coco").glob("*/*.jpg")):
         picture = Image.open(path)
-        for found, expected in zip(processor.images([picture]), judge([picture]), strict=True):
+        for found, expected in zip(eyes.images([picture]), judge([picture], eyes), strict=True):
             assert torch.equal(found, expected), path
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "LA", "RGBA", "CMYK", "I;16", "I", "F"])
 @pytest.mark.parametrize("size", [(1, 1), (50, 31), (200, 300), (981, 980), (1300, 700), (100, 1100)])
-def test_any_picture_becomes_the_same_pixels_bit_by_bit(processor, mode, size):
+def test_any_picture_becomes_the_same_pixels_bit_by_bit(eyes, mode, size):
     r = np.random.default_rng(0)
     if mode == "I;16":
         picture = Image.fromarray(r.integers(0, 65536, size[::-1], dtype=np.uint16))
@@ -116,13 +188,13 @@ def test_any_picture_becomes_the_same_pixels_bit_by_bit(processor, mode, size):
         picture = Image.fromarray(r.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(
             {"LA": "RGB"}.get(mode, mode)).convert(mode if mode != "LA" else "L").convert(mode)
     assert picture.mode == mode
-    for found, expected in zip(processor.images([picture]), judge([picture]), strict=True):
+    for found, expected in zip(eyes.images([picture]), judge([picture], eyes), strict=True):
         assert torch.equal(found, expected)
 
 
 def test_pictures_of_different_sizes_are_padded_below_and_on_the_right(processor):
     pictures = [Image.new("RGB", size, (9, 99, 199)) for size in ((640, 480), (400, 700))]
-    for found, expected in zip(processor.images(pictures), judge(pictures), strict=True):
+    for found, expected in zip(processor.images(pictures), judge(pictures, processor), strict=True):
         assert torch.equal(found, expected)
 
 
@@ -130,53 +202,53 @@ def test_pictures_of_different_sizes_are_padded_below_and_on_the_right(processor
 def batch_of(processor, task="vqa", lengths=(1, 3, 9)):
     samples = [Sample(i, None, "why " * n + "?", [], "because " * n + "so", i) for i, n in enumerate(lengths)]
     queries, icds = samples, [pick_icds(samples, q, 2, "0") for q in samples]
-    return queries, icds, collate(queries, icds, processor, TEMPLATES[task])
+    return queries, icds, collate(queries, icds, processor, processor.templates[task])
 
 
 @pytest.mark.parametrize("task", ["vqa", "caption"])
-def test_the_last_columns_of_teacher_and_student_are_the_same_tokens(processor, task):
-    _, _, batch = batch_of(processor, task)
+def test_the_last_columns_of_teacher_and_student_are_the_same_tokens(either, task):
+    _, _, batch = batch_of(either, task)
     T_q = batch.align.shape[1]
     for t, s, keep in zip(batch.teacher.input_ids, batch.student.input_ids, batch.align, strict=True):
         assert torch.equal(t[-T_q:][keep], s[-T_q:][keep]) and keep[-1] and keep.sum() > 5
-        assert processor.decode(s[-T_q:][keep]).startswith("Image:")
+        assert either.decode(s[-T_q:][keep]).startswith("Image:")
     assert batch.align.all(1).any()                                       # no wider than the longest query
 
 
-def test_rows_are_padded_on_the_left_only(processor):
-    for rows in batch_of(processor)[2].teacher, batch_of(processor)[2].student:
+def test_rows_are_padded_on_the_left_only(either):
+    for rows in batch_of(either)[2].teacher, batch_of(either)[2].student:
         assert (rows.attention_mask.int().diff(dim=1) >= 0).all() and rows.attention_mask[:, -1].all()
-        assert (rows.input_ids[~rows.attention_mask] == processor.pad_id).all() and rows.position_ids is None
+        assert (rows.input_ids[~rows.attention_mask] == either.pad_id).all() and rows.position_ids is None
 
 
-def test_the_loss_reads_the_answer_and_its_end(processor):
-    queries, _, batch = batch_of(processor)
+def test_the_loss_reads_the_answer_and_its_end(either):
+    queries, _, batch = batch_of(either)
     for query, ids, answer in zip(queries, batch.student.input_ids, batch.answer, strict=True):
-        assert processor.decode(ids[answer]) == f"{query.target}\n" and ids[-1] == processor.newline_id
+        assert either.decode(ids[answer]) == f"{query.target}\n" and ids[-1] == either.newline_id
 
 
-def test_what_is_trained_begins_with_what_is_prompted_at_evaluation(processor):
-    queries, icds, batch = batch_of(processor)
+def test_what_is_trained_begins_with_what_is_prompted_at_evaluation(either):
+    queries, icds, batch = batch_of(either)
     for demonstrations, rows in ((icds, batch.teacher), ([[]] * 3, batch.student)):
-        prompt = prompts(queries, demonstrations, processor, TEMPLATES["vqa"])
+        prompt = prompts(queries, demonstrations, either, either.templates["vqa"])
         for b in range(3):
             asked, trained = (r.input_ids[b][r.attention_mask[b]].tolist() for r in (prompt, rows))
             assert trained[:len(asked)] == asked
 
 
-def test_images_come_in_the_order_of_their_tokens(processor):
-    queries, icds, batch = batch_of(processor)
+def test_images_come_in_the_order_of_their_tokens(either):
+    queries, icds, batch = batch_of(either)
     assert [s.id for s in batch.teacher.samples] == [s.id for q, d in zip(queries, icds, strict=True) for s in (*d, q)]
     assert batch.student.samples == queries
-    n = (batch.teacher.input_ids == processor.image_ids[1]).sum()
-    assert n == len(batch.teacher.samples) * processor.tokens_per_image
+    n = (batch.teacher.input_ids == either.image_ids[1]).sum()
+    assert n == len(batch.teacher.samples) * either.tokens_per_image
 
 
-def test_special_tokens_written_in_a_question_are_not_special(processor):
+def test_special_tokens_written_in_a_question_are_not_special(either):
     evil = Sample(0, None, "is <image> or </s><s> {question} {0} a tag?", [], "<unk>yes", 0)
-    batch = collate([evil], [[evil]], processor, TEMPLATES["vqa"])
-    assert (batch.student.input_ids == processor.image_ids[1]).sum() == processor.tokens_per_image
-    assert "{question} {0} a tag?" in processor.decode(batch.student.input_ids[0])
+    batch = collate([evil], [[evil]], either, either.templates["vqa"])
+    assert (batch.student.input_ids == either.image_ids[1]).sum() == either.tokens_per_image
+    assert "{question} {0} a tag?" in either.decode(batch.student.input_ids[0])
 
 
 # -- bad input

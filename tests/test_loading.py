@@ -9,19 +9,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_CONFIG, save_model
+from conftest import TINY, TINY_CONFIG, save_model
 from safetensors.torch import load_file, save_file
 
+from eval import classes_of
+from idefics1 import Idefics1, Idefics1Config
 from model import Config, Idefics2, InputError
 
 SMALL = {**TINY_CONFIG, "text_config": {**TINY_CONFIG["text_config"], "vocab_size": 300}, "image_token_id": 299,
          "vision_config": {**TINY_CONFIG["vision_config"], "image_size": 140}}
-DOWN, NORM = "model.text_model.layers.0.mlp.down_proj.weight", "model.text_model.norm.weight"
+SMALL = {"idefics2": SMALL, "idefics1": {**TINY["idefics1"], "vocab_size": 298}}
+TEXT = {"idefics2": "model.text_model.", "idefics1": "model."}          # what the decoder's names begin with
+DOWN, NORM = "layers.0.mlp.down_proj.weight", "norm.weight"
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return save_model(tmp_path / "model", SMALL)
+@pytest.fixture(params=SMALL)
+def folder(request, tmp_path):
+    """A small model of either kind, in a folder of that name."""
+    return save_model(tmp_path / request.param, SMALL[request.param])
+
+
+def load(folder, **options):
+    return classes_of(folder)[0].from_pretrained(folder, **options)
 
 
 def edit(folder, change):
@@ -43,9 +52,9 @@ def shard(folder, overlap=()):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": index}))
 
 
-def read_config(tmp_path, config):
+def read_config(tmp_path, config, kind=Config):
     (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
-    return Config.from_file(tmp_path / "config.json")
+    return kind.from_file(tmp_path / "config.json")
 
 
 def complaint(action, *words):
@@ -64,12 +73,16 @@ def same(model, other):
 # ---------------------------------------------------------------------------------------------------------------------
 # The published model
 # ---------------------------------------------------------------------------------------------------------------------
-def test_names_shapes_and_size_are_those_of_idefics2_8b_base(shared, tmp_path):
-    published = json.loads((shared / "spec/expected_idefics2-8b-base.json").read_text())
+@pytest.mark.parametrize("name, kind, size", [("idefics2-8b-base", Idefics2, 8_402_759_920),
+                                              ("idefics-9b", Idefics1, 8_929_679_632)])
+def test_names_shapes_and_size_are_the_published_ones(name, kind, size, shared, tmp_path):
+    published = json.loads((shared / f"spec/expected_{name}.json").read_text())
     with torch.device("meta"):
-        model = Idefics2(read_config(tmp_path, published["config"]))
-    assert {name: list(x.shape) for name, x in model.state_dict().items()} == published["tensors"]
-    assert sum(p.numel() for p in model.parameters()) == 8_402_759_920
+        models = [kind(read_config(tmp_path, config, kind.config_class))
+                  for config in (published["config"], {"model_type": published["config"]["model_type"]})]
+    for model in models:                                      # the second: a config that leaves everything out
+        assert {name: list(x.shape) for name, x in model.state_dict().items()} == published["tensors"]
+        assert sum(p.numel() for p in model.parameters()) == size
 
 
 def test_a_config_with_nothing_in_it_is_idefics2_8b_base(tmp_path):
@@ -86,6 +99,28 @@ def test_a_config_with_nothing_in_it_is_idefics2_8b_base(tmp_path):
     partial = {"model_type": "idefics2", "text_config": {"vocab_size": 32002, "pad_token_id": 0}, "perceiver_config": {},
                "vision_config": None}
     assert asdict(read_config(tmp_path, partial)) == expected
+
+
+def test_a_config_with_nothing_in_it_is_idefics_9b(tmp_path):
+    expected = {
+        "vision": dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224,
+                       patch_size=14, num_channels=3, layer_norm_eps=1e-5),
+        "perceiver": dict(resampler_n_latents=64, resampler_depth=6, resampler_n_heads=16, resampler_head_dim=96,
+                          qk_layer_norms_perceiver=True),
+        "text": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, head_dim=128,
+                     num_key_value_heads=32, vocab_size=32002, rms_norm_eps=1e-6, rope_theta=10000.0, sliding_window=0,
+                     pad_token_id=0, eos_token_id=2, additional_vocab_size=2, cross_layer_interval=4, qk_layer_norms=True,
+                     vector_gates=False),
+        "image_token_id": 32001, "use_resampler": True}
+    assert asdict(read_config(tmp_path, {"model_type": "idefics"}, Idefics1Config)) == expected
+    other = {"model_type": "idefics", "vocab_size": 50, "additional_vocab_size": 0, "image_token_id": 7, "alpha_type": "vector",
+             "use_resampler": False, "qk_layer_norms": False, "eos_token_id": [5, 2], "rope_parameters": {"rope_theta": 7.0},
+             "perceiver_config": {"qk_layer_norms_perceiver": False}, "vision_config": {"embed_dim": 64}}
+    config = read_config(tmp_path, other, Idefics1Config)
+    assert (config.text.vocab_size, config.text.additional_vocab_size, config.image_token_id) == (50, 0, 7)
+    assert (config.text.vector_gates, config.use_resampler, config.text.qk_layer_norms) == (True, False, False)
+    assert (config.text.eos_token_id, config.text.rope_theta, config.vision.hidden_size) == (5, 7.0, 64)
+    assert config.perceiver.qk_layer_norms_perceiver is False
 
 
 def test_what_a_config_says_is_taken(tmp_path):
@@ -124,52 +159,75 @@ def test_a_config_this_model_is_not_is_refused_in_one_line(tmp_path, config, wor
     complaint(lambda: read_config(tmp_path, config), tmp_path / "config.json", *words)
 
 
+@pytest.mark.parametrize("more, words", [
+    ({"model_type": "idefics2"}, ["model_type", "'idefics'", "'idefics2'"]),
+    ({"num_hidden_layers": 30}, ["num_hidden_layers", "multiple of 4", "30"]),
+    ({"alpha_type": "matrix"}, ["alpha_type", "'float' or 'vector'", "'matrix'"]),
+    ({"hidden_act": "gelu"}, ["hidden_act", "'silu'", "'gelu'"]),
+    ({"vision_config": {"hidden_act": "quick_gelu"}}, ["hidden_act", "'gelu'", "'quick_gelu'"]),
+    ({"vision_config": {"embed_dim": 1281}}, ["embed_dim", "multiple of 16", "1281"]),
+    ({"qk_layer_norms": 1}, ["qk_layer_norms", "bool", "1"]), ({"use_resampler": "yes"}, ["use_resampler", "bool", "'yes'"]),
+    ({"additional_vocab_size": -2}, ["additional_vocab_size", "-2"]), ({"cross_layer_interval": 0}, ["positive", "0"]),
+    ({"tie_word_embeddings": True}, ["tie_word_embeddings", "false"]),
+    ({"rope_parameters": {"rope_type": "yarn"}}, ["rope", "'default'", "yarn"]),
+])
+def test_a_config_that_idefics1_is_not_is_refused_in_one_line(tmp_path, more, words):
+    complaint(lambda: read_config(tmp_path, {"model_type": "idefics", **more}, Idefics1Config), tmp_path / "config.json", *words)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "llava"}, {"model_type": ["idefics"]}, {}, [1], "{"])
+def test_a_folder_of_no_known_model_is_refused_in_one_line(tmp_path, config):
+    (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    complaint(lambda: classes_of(tmp_path), tmp_path / "config.json", "expected")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
 def test_shards_give_the_same_model_as_one_file(folder):
-    whole = Idefics2.from_pretrained(folder)
+    whole = load(folder)
     shutil.copytree(folder, folder.parent / "sharded")
     shard(folder.parent / "sharded")
-    assert same(Idefics2.from_pretrained(folder.parent / "sharded"), whole)
+    assert same(load(folder.parent / "sharded"), whole)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_stored_dtype_loads_as_every_wanted_one(folder, stored, wanted):
     edit(folder, lambda tensors: tensors.update({name: x.to(stored) for name, x in tensors.items()}))
-    tensors, model = load_file(folder / "model.safetensors"), Idefics2.from_pretrained(folder, dtype=wanted)
+    tensors, model = load_file(folder / "model.safetensors"), load(folder, dtype=wanted)
     assert model.dtype == wanted and not model.training
     for name, p in model.named_parameters():
         assert p.dtype == wanted and not p.requires_grad and torch.equal(p, tensors[name].to(wanted)), name
 
 
 def test_leftovers_of_published_files_are_ignored(folder):
-    before = Idefics2.from_pretrained(folder)
+    before = load(folder)
     edit(folder, lambda tensors: tensors.update({
-        "model.text_model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
         "model.vision_model.embeddings.position_ids": torch.arange(9), "model.vision_model.head.probe": torch.ones(1, 1, 32)}))
-    assert same(Idefics2.from_pretrained(folder), before)
+    assert same(load(folder), before)
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda t: t.pop(DOWN), ["1 missing", DOWN]),
-    (lambda t: t.update(extra=torch.ones(1)), ["1 unexpected", "extra"]),
-    (lambda t: t.update({NORM: torch.ones(63)}), ["1 misshapen", f"{NORM} [63] instead of [64]"]),
-    (lambda t: (t.pop(DOWN), t.update(extra=torch.ones(1), **{NORM: torch.ones(64, 1)})),
+    (lambda t, text: t.pop(text + DOWN), ["1 missing", DOWN]),
+    (lambda t, text: t.update(extra=torch.ones(1)), ["1 unexpected", "extra"]),
+    (lambda t, text: t.update({text + NORM: torch.ones(63)}), ["1 misshapen", f"{NORM} [63] instead of [64]"]),
+    (lambda t, text: (t.pop(text + DOWN), t.update({"extra": torch.ones(1), text + NORM: torch.ones(64, 1)})),
      ["1 missing", DOWN, "1 unexpected", "extra", "1 misshapen", NORM]),
-    (lambda t: [t.pop(name) for name in list(t) if "text_model.layers" in name],
+    (lambda t, text: [t.pop(name) for name in list(t) if name.startswith(text + "layers")],
      ["27 missing", "layers.0.mlp.up", "layers.2.self_attn.v"]),
 ], ids=["missing", "unexpected", "misshapen", "all_three", "many"])
 def test_tensors_that_do_not_fit_the_config_are_listed(folder, change, words):
-    edit(folder, change)
-    complaint(lambda: Idefics2.from_pretrained(folder), folder, *words)
+    edit(folder, lambda tensors: change(tensors, TEXT[folder.name]))
+    complaint(lambda: load(folder), folder, *words)
 
 
 def test_a_config_of_another_size_is_refused(folder):
-    config = {**SMALL, "text_config": {**SMALL["text_config"], "num_hidden_layers": 4}}
+    config = json.loads((folder / "config.json").read_text())
+    config.get("text_config", config)["num_hidden_layers"] = 4                # Idefics1: a gated block more, of 13 tensors
     (folder / "config.json").write_text(json.dumps(config))
-    complaint(lambda: Idefics2.from_pretrained(folder), folder, "9 missing", "model.text_model.layers.3.")
+    complaint(lambda: load(folder), folder, f"{9 if 'text_config' in config else 22} missing", f"{TEXT[folder.name]}layers.3.")
 
 
 def break_nothing_but(name, content=None):
@@ -201,7 +259,7 @@ def break_nothing_but(name, content=None):
 ])
 def test_damaged_folders_are_refused_in_one_line(folder, damage, words):
     damage(folder)
-    complaint(lambda: Idefics2.from_pretrained(folder), folder, *words)
+    complaint(lambda: load(folder), folder, *words)
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -215,13 +273,12 @@ def test_damaged_folders_are_refused_in_one_line(folder, damage, words):
 def test_damaged_shards_are_refused_in_one_line(folder, damage, words):
     shard(folder)
     damage(folder)
-    complaint(lambda: Idefics2.from_pretrained(folder), folder, *words)
+    complaint(lambda: load(folder), folder, *words)
 
 
 def test_a_tensor_in_two_shards_is_refused(folder):
-    shard(folder, overlap=[NORM])
-    complaint(lambda: Idefics2.from_pretrained(folder), "model-00003-of-00003.safetensors", NORM, "once",
-              "model-00001-of-00003.safetensors")
+    shard(folder, overlap=[TEXT[folder.name] + NORM])
+    complaint(lambda: load(folder), "-of-00003.safetensors: expected", NORM, "once", "in model-00001-of-00003.safetensors")
 
 
 @pytest.mark.parametrize("written, ends, banned, pad", [
@@ -230,7 +287,7 @@ def test_a_tensor_in_two_shards_is_refused(folder):
 def test_end_banned_and_pad_ids_come_from_the_generation_config(folder, written, ends, banned, pad):
     path = folder / "generation_config.json"
     path.unlink() if written is None else path.write_text(json.dumps(written))
-    model = Idefics2.from_pretrained(folder)
+    model = load(folder)
     assert (model.end_ids, model.banned_ids, model.pad_id) == (ends, banned, pad)
 
 
@@ -257,8 +314,8 @@ print(loaded, peak() - before)
 @pytest.mark.parametrize("dtype, copies", [("float32", 1.0), ("bfloat16", 1.5)])
 def test_loading_maps_the_file_and_makes_no_second_copy(tmp_path, dtype, copies):
     """The peak holds the file's pages and, if another dtype is wanted, the converted tensors; nothing besides."""
-    text = {**SMALL["text_config"], "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4}
-    folder = save_model(tmp_path / "model", {**SMALL, "text_config": text})
+    text = {**SMALL["idefics2"]["text_config"], "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4}
+    folder = save_model(tmp_path / "model", {**SMALL["idefics2"], "text_config": text})
     size = (folder / "model.safetensors").stat().st_size
     run = subprocess.run([sys.executable, "-c", MEASURE, folder, dtype], capture_output=True, text=True, check=True,
                          cwd=Path(__file__).resolve().parents[1])

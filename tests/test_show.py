@@ -8,6 +8,7 @@ from PIL import Image, ImageChops
 import data
 import show
 import toy
+from eval import classes_of
 from model import InputError
 
 
@@ -34,13 +35,13 @@ def parts(rows):
 
 
 @pytest.mark.parametrize("dataset", ["okvqa", "coco"])
-def test_parts_attention_alignment_and_ce_of_real_data_are_those_of_the_batch(dataset, tiny_folder, shared, capsys):
-    found = blocks(capsys, dataset, "--data", shared / "data", "--model", tiny_folder, "--shots", "2", "--batch-size", "3")
+def test_parts_attention_alignment_and_ce_of_real_data_are_those_of_the_batch(dataset, either_folder, shared, capsys):
+    found = blocks(capsys, dataset, "--data", shared / "data", "--model", either_folder, "--shots", "2", "--batch-size", "3")
     samples, _ = data.train_dev(dataset, shared / "data", 1000, 200, 0)
-    processor = data.Processor.from_pretrained(tiny_folder)
+    processor = classes_of(either_folder)[1].from_pretrained(either_folder)
     args = type("args", (), {"seed": 0, "batch_size": 3, "shots": 2})
     queries, icds = show.first_batch(samples, args)
-    batch = data.collate(queries, icds, processor, data.TEMPLATES[data.DATASETS[dataset].task])
+    batch = data.collate(queries, icds, processor, processor.templates[data.DATASETS[dataset].task])
     assert [title.split(",")[0] for title, _ in found] == ["teacher", "student"] * 3
     for i, (title, rows) in enumerate(found):
         b, source, rows = i // 2, batch.student if i % 2 else batch.teacher, expanded(rows)
@@ -96,7 +97,7 @@ def test_a_sheet_of_real_samples_has_their_pictures(tiny_folder, shared, tmp_pat
 
 @pytest.mark.parametrize("words, message", [
     (["toy", "--shots", "-1"], "--shots: expected at least 0"), (["toy", "--task", "100000"], "has no task"),
-    (["okvqa", "--data", "/nowhere"], "/nowhere: expected a folder"), (["toy", "--model", "/nowhere"], "/nowhere/config.json"),
+    (["okvqa", "--data", "/nowhere"], "/nowhere: expected a folder"), (["toy", "--model", "/nowhere"], "/nowhere: expected a model folder"),
     (["toy", "--png", "/nowhere/a.png"], "/nowhere/a.png: expected a picture file")])
 def test_mistakes_are_one_line(words, message):
     with pytest.raises(InputError, match=message):
