@@ -1,56 +1,83 @@
 """Seconds and memory, side by side with a peer.
 
     python bench.py                                       # every bench at toy and mid size
-    python bench.py --only fit --size full --out bench.json
+    python bench.py --size full --out bench.json          # Idefics2-8b-base's exact shape, random weights
+    python bench.py --only train --size mid --repeats 5
 
-fit    `--fit layerwise` (ours) beside end-to-end training (peer), both on 8 demonstrations; random weights and random tokens, as
-       neither changes the time. At full size (Idefics2-8b-base's decoder) one layer and one batch are measured, after one that is
-       not, and the rest extrapolated; states that would lie on disk are not part of it
-cider  ours beside pycocoevalcap (to be installed, with Java): of each picture of --captions the first caption is scored against
-       the others
+train     train_step: a MimIC step on 8 demonstrations, encoding of the pictures included as often as 5 epochs over 1,000 samples
+          need it, beside the step as the official code does it: transformers' Idefics2, hooks on its FFNs, both passes over all
+          pictures with eager attention, logits and LM loss of every token, log Z2 by a second q·k. train_step_shared: the same
+          with --share-icds
+generate  10 tokens of pictures and prompts, beside transformers' generate; 1 and 16 prompts, 1 and 3 beams
+latency   prefill and decoding of one token under MimIC and LIVE, beside the model without shifts (ratio 1 = costs nothing);
+          mimic_prefill_8 …: MimIC's prompt beside that of in-context learning with as many demonstrations
+load      from_pretrained, and one pass that reads every weight, beside transformers (the files are in the system's cache)
+fit       fit_layerwise: `--fit layerwise` beside end-to-end training, both on 8 demonstrations. At full size one layer and one
+          batch are measured and the rest extrapolated; states that would lie on disk are not part of it
+cider     ours beside pycocoevalcap (to be installed, with Java): of each picture of --captions the first caption is scored
+          against the others
 
-Every measurement is a process of its own, so that its peak memory is its own; peer and ours alternate, and the median of
---repeats counts. Prints a table; --out FILE writes JSON rows {what, size, device, dtype, batch, ours_s, peer_s,
-ratio = peer/ours, peak_gib, peer_peak_gib, inference_peak_gib, about}.
+Weights and tokens are random (they change no time), pictures those of --pictures or noise of COCO's usual sizes. Ours and the
+peer's alternate in one process (load and fit: a process each), and the median of --repeats counts. peak GiB is what a call needs
+beside the weights, at load and fit that of the process. `ceiling`: share of what this machine can do at best, by the larger of
+FLOPs / its fastest matrix product and bytes of weights / its fastest read, both measured first. At full size on a CPU the model
+is a generated checkpoint of 16.8 GB in a temporary folder and has no peer. Prints a table; --out FILE writes JSON rows {what,
+size, device, dtype, batch, ours_s, peer_s, ratio = peer/ours, peak_gib, peer_peak_gib, gflop, ceiling, about}.
 """
 
 import argparse
+import contextlib
+import ctypes
+import gc
+import importlib.util
 import json
 import multiprocessing
 import resource
 import statistics
 import tempfile
-import time
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from baselines.live import LIVE
 from data import Batch, Rows
 from eval import clock, run_command, write_atomically
-from features import gather
+from features import PIXELS_AT_ONCE, gather
 from fit import advance, fit, fit_layer, is_demonstration, plan, student, teacher
 from metrics import cider
 from mimic import MimIC
-from model import Config, Idefics2, InputError, PerceiverConfig, Shifts, TextConfig, VisionConfig, read_json
+from model import Config, Idefics2, InputError, KVCache, PerceiverConfig, TextConfig, VisionConfig, read_json
 from train import losses, parse
 
-SIZES = {                              # decoders; the pictures' features are random, so the vision tower is the smallest there is
-    "toy": (TextConfig(128, 352, 6, 8, 4, vocab_size=130), 4, 6),
-    "mid": (TextConfig(512, 1408, 8, 8, 4), 64, 20),
-    "full": (TextConfig(), 64, 20),
-}                                      # decoder, image tokens a picture, text tokens an example (the last 3 are the answer)
-SHOTS = 8
+SIZES = {                              # model, text tokens of an example (the last 3 are the answer)
+    "toy": (Config(VisionConfig(96, 192, 3, 4, 40, 8), PerceiverConfig(4, 1, 4, 32, 2),
+                   TextConfig(128, 352, 6, 8, 4, vocab_size=130), image_token_id=4), 6),
+    "mid": (Config(VisionConfig(192, 768, 7, 3), PerceiverConfig(64, 3, 8, 64, 4), TextConfig(512, 1408, 8, 8, 4)), 20),
+    "full": (Config(), 20),
+}
+COCO_SIZES = (640, 480), (480, 640), (640, 427), (640, 480)        # pixels
+SHOTS, EPOCHS, SAMPLES = 8, 5, 1000    # of the training whose step is measured
+NEW_TOKENS = 10
 MEMORY_GB = 0.1                        # of the layer-wise fit
 
 
-def decoder(size, device, dtype, n_layers=None):
-    """An Idefics2 with random weights around the decoder of that size."""
-    text, n_latents, _ = SIZES[size]
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured: a random model, pictures, prompts
+# ---------------------------------------------------------------------------------------------------------------------
+def random_model(size, device, dtype, n_layers=None):
+    """An Idefics2 of that size with random weights; n_layers: of the decoder and of the vision tower, for a part of it."""
+    config, _ = SIZES[size]
     if n_layers:
-        text.num_hidden_layers = n_layers
-    config = Config(VisionConfig(16, 16, 1, 1, 28), PerceiverConfig(n_latents, 1, 1, 8, 1), text, image_token_id=4)
+        config = replace(config, vision=replace(config.vision, num_hidden_layers=n_layers),
+                         text=replace(config.text, num_hidden_layers=n_layers))
     torch.manual_seed(0)
     with torch.device(device):
         torch.set_default_dtype(dtype)
@@ -59,41 +86,457 @@ def decoder(size, device, dtype, n_layers=None):
     return model.requires_grad_(False).eval()
 
 
-def random_batch(size, B, seed=0):
-    """B queries behind SHOTS demonstrations, random tokens, one picture an example, all examples of one length."""
-    _, n_latents, n_text = SIZES[size]
-    g, one = torch.Generator().manual_seed(seed), n_latents + n_text
-    examples = torch.cat([torch.full((B, SHOTS + 1, n_latents), 4),
-                          torch.randint(5, 100, (B, SHOTS + 1, n_text), generator=g)], 2)
+def write_checkpoint(folder, config, dtype=torch.bfloat16, shard_bytes=4e9):
+    """A checkpoint as published, config.json, shards and their index, of random weights (one block of numbers, repeated)."""
+    text = {**asdict(config.text), "model_type": "mistral", "sliding_window": config.text.sliding_window or None}
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "idefics2", "image_token_id": config.image_token_id, "vision_config": asdict(config.vision),
+        "perceiver_config": asdict(config.perceiver) | {"hidden_size": config.text.hidden_size}, "text_config": text,
+        "architectures": ["Idefics2ForConditionalGeneration"], "torch_dtype": str(dtype)[6:]}))
+    (folder / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}')
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Idefics2(config).named_parameters()}
+    block = torch.randn(max(s.numel() for s in shapes.values())).mul_(0.02).to(dtype)
+    weight_map, shard, held = {}, {}, 0
+
+    def flush():
+        name = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
+        save_file(shard, folder / name, {"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, shape in shapes.items():
+        x = block[:shape.numel()].view(shape)
+        shard[name] = torch.ones(shape, dtype=dtype) if name.endswith("norm.weight") or "layer_norm" in name else x.clone()
+        held += shape.numel() * dtype.itemsize
+        if held > shard_bytes:
+            flush()
+            held = 0
+    if shard:
+        flush()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def random_batch(config, n_text, B, seed=0, shots=SHOTS, shared=False):
+    """B queries behind `shots` demonstrations, random tokens, one picture an example, all examples of one length.
+
+    Picture n of row b has image_id b·(shots+1) + n, the query's being the last; shared: the demonstrations of row 0 serve all."""
+    n_latents, g = config.perceiver.resampler_n_latents, torch.Generator().manual_seed(seed)
+    one, images = n_latents + n_text, shots + 1
+    picture = [[SimpleNamespace(image_id=b * images + n) for n in range(images)] for b in range(B)]
+    examples = torch.cat([torch.full((B, images, n_latents), config.image_token_id),
+                          torch.randint(5, 100, (B, images, n_text), generator=g)], 2)
+    if shared:
+        examples[:, :-1] = examples[:1, :-1]
+        picture = [picture[0][:-1] + row[-1:] for row in picture]
     teacher = torch.cat([torch.ones(B, 1, dtype=torch.long), examples.flatten(1)], 1)
     student = torch.cat([teacher[:, :1], teacher[:, -one:]], 1)
-    picture = SimpleNamespace(image_id=0)
     whole = torch.ones_like(student, dtype=torch.bool)
     answer = whole.clone()
     answer[:, :-3] = False
-    return Batch(Rows(teacher, torch.ones_like(teacher, dtype=torch.bool), [picture] * (B * (SHOTS + 1))),
-                 Rows(student, whole, [picture] * B), whole[:, 1:], answer, whole)
+    n_shared = teacher.shape[1] - one if shared else 0
+    return Batch(Rows(teacher, torch.ones_like(teacher, dtype=torch.bool), [s for row in picture for s in row]),
+                 Rows(student, whole, [row[-1] for row in picture]), whole[:, 1:], answer, whole, n_shared)
 
 
-def prepared(size, device, dtype, n_layers=None):
-    """A model, an adapter for it, the features of the one picture, and the embedding of rows."""
-    model = decoder(size, device, dtype, n_layers)
-    c = model.config.text
-    features = {0: torch.randn(SIZES[size][1], c.hidden_size, device=device, dtype=dtype)}
-    mimic = MimIC(c.num_hidden_layers, c.num_attention_heads, c.head_dim).to(device)
-    return model, mimic, features, lambda rows: model.embed(rows.input_ids.to(device), gather(features, rows.samples))
+def pictures(args, config, n):
+    """n pictures, as many of each size as COCO has of them → [(pixel_values (3,H,W))], normalised."""
+    if config.vision.image_size < 378:                            # the toy's
+        return [torch.randn(3, config.vision.image_size, config.vision.image_size) for _ in range(n)]
+    if args.pictures:
+        from PIL import Image
+
+        from data import Processor
+        files = sorted(Path(args.pictures).rglob("*.jpg"))
+        if not files:
+            raise InputError(f"{args.pictures}: expected JPEGs, found none")
+        stub = SimpleNamespace(token_to_id=lambda token: 0)
+        processor = Processor(stub, config)
+        return [processor.images([Image.open(files[i % len(files)])])[0][0] for i in range(n)]
+    return [torch.randn(3, *COCO_SIZES[i % len(COCO_SIZES)][::-1]) for i in range(n)]
+
+
+def padded_together(images):
+    """Pictures as the published processor batches them: (1,N,3,H,W) of the largest sizes and the mask of their pixels."""
+    H, W = (max(x.shape[i] for x in images) for i in (1, 2))
+    mask = torch.stack([F.pad(torch.ones(x.shape[1:], dtype=torch.bool), (0, W - x.shape[2], 0, H - x.shape[1])) for x in images])
+    return torch.stack([F.pad(x, (0, W - x.shape[2], 0, H - x.shape[1])) for x in images])[None], mask[None]
+
+
+def encoded(model, images):
+    """Features of the pictures, those of one size together, as features.encode_images does it (N,n_latents,d)."""
+    by_size, features = {}, [None] * len(images)
+    for i, x in enumerate(images):
+        by_size.setdefault(x.shape, []).append(i)
+    for (_, H, W), group in by_size.items():
+        step = max(1, PIXELS_AT_ONCE // (H * W))
+        for at in range(0, len(group), step):
+            chunk = group[at:at + step]
+            values = torch.stack([images[i] for i in chunk]).to(model.device)
+            for i, x in zip(chunk, model.encode_images(values, torch.ones_like(values[:, 0], dtype=torch.bool)), strict=True):
+                features[i] = x
+    return torch.stack(features)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The peer: transformers' Idefics2, and a MimIC step on it as the official code does it
+# ---------------------------------------------------------------------------------------------------------------------
+def theirs(model, attention):
+    """transformers' Idefics2 around the very tensors of our model. attention: "eager" or "sdpa"."""
+    import transformers
+    from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+    transformers.logging.set_verbosity_error()
+    c = model.config
+    text = {**asdict(c.text), "model_type": "mistral", "sliding_window": c.text.sliding_window or None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": c.text.rope_theta}}
+    config = transformers.Idefics2Config(
+        text_config=text, vision_config=asdict(c.vision), image_token_id=c.image_token_id,
+        perceiver_config=asdict(c.perceiver) | {"hidden_size": c.text.hidden_size})
+    config._attn_implementation = attention
+    with torch.device("meta"):
+        peer = transformers.Idefics2ForConditionalGeneration(config).eval()
+    peer.load_state_dict(model.state_dict(), assign=True)
+    peer.model.text_model.rotary_emb = MistralRotaryEmbedding(peer.config.text_config).to(model.device)
+    peer.generation_config.update(eos_token_id=2, pad_token_id=0, bos_token_id=1)
+    return peer.requires_grad_(False)
+
+
+class OfficialStep:
+    """One training step written the way the official code is, on transformers' Idefics2 with eager attention.
+
+    The decoder's attention is replaced by one that adds the shift, log Z2 from a second q·k over all keys; hooks keep each FFN's
+    output; both passes encode all their pictures; the student's makes logits and a loss of every token."""
+
+    def __init__(self, model, mimic):
+        self.model, self.mimic, self.shifting, self.ffn = theirs(model, "eager"), mimic, False, []
+        for layer in self.model.model.text_model.layers:
+            layer.mlp.register_forward_hook(lambda _module, _inputs, out: self.ffn.append(out))
+        self.optimiser = torch.optim.AdamW(mimic.parameters(), lr=1e-3)
+
+    def attention(self, module, q, k, v, mask, scaling, **more):
+        from transformers.models.mistral.modeling_mistral import repeat_kv
+        out, weights = self.eager(module, q, k, v, mask, scaling, **more)
+        if self.shifting:
+            layer, mimic = module.layer_idx, self.mimic
+            log_z2 = ((q @ repeat_kv(k, module.num_key_value_groups).transpose(2, 3)) * scaling).float().logsumexp(-1)
+            log_z1 = torch.einsum("bhtd,hd->bth", q.float(), mimic.f_weight[layer]) + mimic.f_bias[layer]
+            mu = (log_z1 - torch.logaddexp(log_z1, log_z2.transpose(1, 2))).exp()
+            out = out + (mu.unsqueeze(-1) * mimic.vector[layer]).to(out.dtype)
+        return out, weights
+
+    def run(self, rows, images, shifting, labels=None):
+        from transformers.models.mistral import modeling_mistral
+        self.eager, self.shifting, self.ffn = modeling_mistral.eager_attention_forward, shifting, []
+        B, device = len(rows.input_ids), self.model.device
+        values, mask = padded_together(images)
+        values, mask = (x.view(B, -1, *x.shape[2:]).to(device) for x in (values.to(self.model.dtype), mask))
+        with mock.patch.object(modeling_mistral, "eager_attention_forward", self.attention):
+            out = self.model(input_ids=rows.input_ids.to(device), attention_mask=rows.attention_mask.to(device).long(),
+                             pixel_values=values, pixel_attention_mask=mask, labels=labels)
+        return out, self.ffn
+
+    def __call__(self, batch, images):
+        T = batch.align.shape[1]
+        with torch.no_grad():
+            _, teacher = self.run(batch.teacher, [images[s.image_id] for s in batch.teacher.samples], False)
+        out, student = self.run(batch.student, [images[s.image_id] for s in batch.student.samples], True,
+                                batch.student.input_ids.to(self.model.device))
+        errors = [F.mse_loss(s[:, -T:].float(), t[:, -T:].float()) for s, t in zip(student, teacher, strict=True)]
+        align = sum(errors) / len(errors)
+        (align + 0.5 * out.loss).backward()
+        torch.nn.utils.clip_grad_norm_(self.mimic.parameters(), 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+class Peak:
+    """Peak memory of what runs inside, in GiB above what was there before: .gib, None where the machine does not say."""
+
+    def __init__(self, device):
+        self.cuda, self.status = device.startswith("cuda"), Path("/proc/self/status")
+
+    def rss(self, name):
+        return next(int(line.split()[1]) for line in self.status.read_text().splitlines() if line.startswith(name)) / 2**20
+
+    def __enter__(self):
+        gc.collect()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        elif self.status.exists():
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)                  # or the allocator answers with what it kept of earlier calls
+            Path("/proc/self/clear_refs").write_text("5")         # VmHWM starts anew
+            self.before = self.rss("VmRSS")
+        return self
+
+    def __exit__(self, *_):
+        self.gib = None
+        if self.cuda:
+            self.gib = (torch.cuda.max_memory_allocated() - self.before) / 2**30
+        elif self.status.exists():
+            self.gib = self.rss("VmHWM") - self.before
+
+
+def once(run, device):
+    """Seconds, GiB."""
+    with Peak(str(device)) as peak:
+        began = clock(device)
+        run()
+        seconds = clock(device) - began
+    return seconds, peak.gib
+
+
+def side_by_side(args, ours, peer, **more):
+    """ours {what: call} and the peer's call (None: there is none), alternating after a warm-up → a row of medians for each."""
+    device, calls = torch.device(args.device), {**ours, **({None: peer} if peer else {})}
+    runs = {what: [] for what in calls}
+    for call in calls.values():
+        call()
+    for _ in range(args.repeats):
+        for what, call in calls.items():
+            runs[what].append(once(call, device))
+    found = {what: [None if None in x else statistics.median(x) for x in zip(*r, strict=True)] for what, r in runs.items()}
+    peer_s, peer_peak = found.get(None, (None, None))
+    return [row(what, found[what][0], peer_s, found[what][1], peer_peak, **more) for what in ours]
+
+
+def row(what, ours_s, peer_s, peak, peer_peak, size="-", batch=1, about="", **more):
+    return {"what": what, "size": size, "batch": batch, "ours_s": ours_s, "peer_s": peer_s,
+            "ratio": peer_s / ours_s if peer_s else None, "peak_gib": peak, "peer_peak_gib": peer_peak, **more, "about": about}
+
+
+def ceilings(device, dtype):
+    """This machine's fastest matrix product (FLOP/s) and read of memory (bytes/s), best of five."""
+    n, m = (8192, 2**16) if device.startswith("cuda") else (2048, 2**14)
+    a, b, x = torch.randn(n, n, device=device, dtype=dtype), torch.randn(m, 8192, device=device, dtype=dtype), None
+    x = torch.randn(8192, device=device, dtype=dtype)
+
+    def best(run):
+        run()
+        return min(once(run, torch.device(device))[0] for _ in range(5))
+
+    return 2 * n**3 / best(lambda: a @ a), b.numel() * dtype.itemsize / best(lambda: b @ x)
+
+
+def work(run):
+    """FLOPs of a call's matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def share_of_ceiling(args, seconds, flops, n_bytes):
+    return max(flops / args.ceilings[0], n_bytes / args.ceilings[1]) / seconds
+
+
+def weight_bytes(module):
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training steps
+# ---------------------------------------------------------------------------------------------------------------------
+def bench_train(args, size):
+    model, n_text, B = args.models(size), SIZES[size][1], args.batch_size or {"toy": 4, "mid": 2, "full": 1}[size]
+    if size == "full" and args.device.startswith("cuda"):
+        B = args.batch_size or 8
+    mimic, images = MimIC.for_model(model), pictures(args, model.config, B * (SHOTS + 1))
+    images = [x.to(model.dtype) for x in images]
+    began = clock(model.device)
+    with torch.no_grad():
+        features = dict(enumerate(encoded(model, images)))
+    one = (clock(model.device) - began) / len(images)
+    if size != "full":                                            # warm by now
+        one = statistics.median(once(lambda: encoded(model, images), model.device)[0] for _ in range(args.repeats)) / len(images)
+    settings, optimiser = parse([]), torch.optim.AdamW(mimic.parameters(), lr=1e-3)
+
+    def step(batch):
+        align, ce = losses(model, mimic, batch, features, settings)
+        (align + 0.5 * ce).backward()
+        torch.nn.utils.clip_grad_norm_(mimic.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    peer = None if args.alone(size) else OfficialStep(model, MimIC.for_model(model))
+    batches = {what: random_batch(model.config, n_text, B, shared=shared)
+               for what, shared in (("train_step", False), ("train_step_shared", True))}
+    for found in side_by_side(args, {what: partial(step, batch) for what, batch in batches.items()},
+                              peer and partial(peer, batches["train_step"], images), size=size, batch=B):
+        flops, n_bytes = work(partial(step, batches[found["what"]])), 3 * weight_bytes(model.text_model)    # 3 passes
+        found |= {"gflop": flops / 1e9, "ceiling": share_of_ceiling(args, found["ours_s"], flops, n_bytes)}
+        found["about"] = (f"step {found['ours_s']:.3g} s + {B / EPOCHS:g} pictures of {one:.3g} s; "
+                          f"{1000 * (found['ours_s'] / B + one / EPOCHS):.3g} ms a sample")
+        found["ours_s"] += one * B / EPOCHS
+        yield found | ({"ratio": found["peer_s"] / found["ours_s"]} if peer else {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+# ---------------------------------------------------------------------------------------------------------------------
+def bench_generate(args, size):
+    model, n_text = args.models(size), SIZES[size][1]
+    peer, small = None if args.alone(size) else theirs(model, "sdpa"), args.alone(size) and args.device == "cpu"
+    for B, beams in [(1, 1), (1, 3)] if small else [(1, 1), (1, 3), (16, 1), (16, 3)]:
+        rows = random_batch(model.config, n_text, B, shots=0).student
+        images = [x.to(model.dtype) for x in pictures(args, model.config, B)]
+        ids, mask, said = rows.input_ids[:, :-3].to(model.device), rows.attention_mask[:, :-3].to(model.device), {}
+        values, pixel_mask = (x[0][:, None].to(model.device) for x in padded_together(images))
+
+        def ours(ids=ids, mask=mask, images=images, beams=beams, said=said):
+            said["ours"] = model.generate(ids, mask, encoded(model, images), NEW_TOKENS, beams, 0.0, banned_ids=[2])
+
+        def other(ids=ids, mask=mask, beams=beams, said=said, values=values, pixel_mask=pixel_mask):
+            said["peer"] = peer.generate(
+                input_ids=ids, attention_mask=mask.long(), pixel_values=values, pixel_attention_mask=pixel_mask, do_sample=False,
+                max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, num_beams=beams, length_penalty=0.0)[:, ids.shape[1]:]
+
+        found, = side_by_side(args, {"generate": ours}, peer and other, size=size, batch=B, beams=beams)
+        n_bytes = NEW_TOKENS * weight_bytes(model.text_model) + weight_bytes(model.eyes[0]) + weight_bytes(model.eyes[1])
+        flops, encoding = work(ours), once(lambda i=images: encoded(model, i), model.device)[0]
+        alike = f"; {int((said['ours'] == said['peer']).all(1).sum())} of {B} answers equal" if peer else ""
+        yield found | {"gflop": flops / 1e9, "ceiling": share_of_ceiling(args, found["ours_s"], flops, n_bytes),
+                       "about": f"{beams} beams, {NEW_TOKENS} tokens, {encoding:.3g} s of ours for the pictures{alike}"}
+
+
+@torch.no_grad()
+def bench_latency(args, size):
+    model, n_text = args.models(size), SIZES[size][1]
+    c, repeats = model.config, args.repeats * (1 if size == "full" and args.device == "cpu" else 20)
+    torch.manual_seed(0)
+    live, mimic = LIVE.for_model(model), MimIC.for_model(model)
+
+    def prompt(B, shots):
+        rows = random_batch(c, n_text, B, shots=shots).teacher
+        return (rows.input_ids[:, :-3].to(model.device), rows.attention_mask[:, :-3].to(model.device),
+                torch.randn(len(rows.samples), c.perceiver.resampler_n_latents, c.text.hidden_size,
+                            device=model.device, dtype=model.dtype))
+
+    def prefill(ids, mask, features, shifts=None):
+        cache = KVCache(c.text.num_hidden_layers, ids.shape[1] + 1)
+        model.lm_head(model.hidden_states(ids, mask, features, shifts, cache=cache)[:, -1])
+        return cache
+
+    def decode(ids, mask, cache, shifts=None):
+        cache.length = ids.shape[1]
+        model.lm_head(model.hidden_states(ids[:, -1:], F.pad(mask, (0, 1), value=True), None, shifts, cache=cache)[:, -1])
+
+    fast, n_bytes = argparse.Namespace(**{**vars(args), "repeats": repeats}), weight_bytes(model.text_model)
+    for B in (1,) if size == "full" and args.device == "cpu" else (1, 16):
+        given = prompt(B, 0)
+        cache = prefill(*given)
+        for name, shifts in ("mimic", mimic), ("live", live):
+            for what, run in ("prefill", partial(prefill, *given)), ("decode", partial(decode, *given[:2], cache)):
+                found = side_by_side(fast, {f"{name}_{what}": partial(run, shifts)}, run, size=size, batch=B)[0]
+                flops = work(partial(run, shifts))
+                yield found | {"gflop": flops / 1e9, "ceiling": share_of_ceiling(args, found["ours_s"], flops, n_bytes),
+                               "about": f"{given[0].shape[1]} tokens; peer: no shifts"}
+    one = prompt(1, 0)
+    for shots in 4, 8, 32:
+        many = prompt(1, shots)
+        found, = side_by_side(args, {f"mimic_prefill_{shots}": partial(prefill, *one, mimic)}, partial(prefill, *many), size=size)
+        yield found | {"about": f"{one[0].shape[1]} tokens; peer: {shots}-shot ICL, {many[0].shape[1]} tokens"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading, in processes of their own
+# ---------------------------------------------------------------------------------------------------------------------
+def alone(function, queue, threads, *arguments):
+    """In a process of its own: what the function returns, and its peak memory in GiB, the model's own weights included."""
+    torch.set_num_threads(threads)
+    found, cuda = function(*arguments), arguments[1].startswith("cuda")
+    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    queue.put((found, peak / 2**30))
+
+
+def measured(function, *arguments):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=alone, args=(function, queue, torch.get_num_threads(), *arguments))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise InputError(f"{function.__name__} {arguments}: expected exit status 0, found {process.exitcode}")
+    return queue.get()
+
+
+def pass_over_everything(model, device):
+    """A short prompt with a small picture: reads every weight once. The model is ours or transformers'."""
+    size = 28 if model.config.vision.image_size < 378 else 378
+    ids = torch.tensor([[1] + [model.config.image_token_id] * model.config.perceiver.resampler_n_latents + [5]], device=device)
+    values = torch.randn(1, 3, size, size).to(device, model.dtype)
+    model(ids, torch.ones_like(ids), model.encode_images(values, torch.ones_like(values[:, 0], dtype=torch.bool)))
+
+
+def load_ours(folder, device, dtype):
+    began = clock(torch.device(device))
+    model = Idefics2.from_pretrained(folder, dtype, device)
+    loaded = clock(model.device)
+    with torch.no_grad():
+        pass_over_everything(model, device)
+    return loaded - began, clock(model.device) - began
+
+
+def load_theirs(folder, device, dtype):
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    began = clock(torch.device(device))
+    model = transformers.Idefics2ForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device)
+    loaded, c = clock(model.device), model.config
+    size = 28 if c.vision_config.image_size < 378 else 378
+    ids = torch.tensor([[1] + [c.image_token_id] * c.perceiver_config.resampler_n_latents + [5]], device=device)
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(1, 1, 3, size, size).to(device, dtype))
+    return loaded - began, clock(model.device) - began
+
+
+def bench_load(args, size):
+    folder = args.checkpoint(size)
+    words = str(folder), args.device, getattr(torch, args.dtype_of(size))
+    sides = [load_ours] if args.alone(size) else [load_ours, load_theirs]
+    runs = [[measured(side, *words) for side in sides] for _ in tqdm(range(1 if size == "full" else args.repeats), desc="load")]
+    medians = [([statistics.median(t[i] for t, _ in side) for i in (0, 1)], statistics.median(p for _, p in side))
+               for side in zip(*runs, strict=True)]
+    (ours, peak), (peer, peer_peak) = [*medians, ([None, None], None)][:2]
+    gib = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 2**30
+    for what, i in ("load", 0), ("load_and_pass", 1):
+        yield row(what, ours[i], peer[i], peak, peer_peak, size=size, about=f"{gib:.3g} GiB of files, in the system's cache")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layer-wise fit beside training, in processes of their own
+# ---------------------------------------------------------------------------------------------------------------------
+def prepared(size, device, dtype):
+    """A model (at full size one layer of it), an adapter for it, the features of the one picture, the embedding of rows."""
+    model = random_model(size, device, dtype, 1 if size == "full" else None)
+    c = model.config
+    features = {0: torch.randn(c.perceiver.resampler_n_latents, c.text.hidden_size, device=device, dtype=dtype)}
+    return model, MimIC.for_model(model), features, lambda rows: model.embed(
+        rows.input_ids.to(device), gather(features, rows.samples))
+
+
+def one_picture(model, size, B, seed=0):
+    batch = random_batch(model.config, SIZES[size][1], B, seed)
+    for s in batch.teacher.samples:
+        s.image_id = 0
+    return batch
 
 
 def layerwise(size, device, dtype, samples, batch_size, epochs):
     """Seconds of a layer-wise fit. At full size: one batch through one layer and one regression on all tokens, times the rest."""
-    model, mimic, _, embed = prepared(size, device, dtype, 1 if size == "full" else None)
+    model, mimic, _, embed = prepared(size, device, dtype)
     if size != "full":
-        chunks = [[random_batch(size, batch_size, i)] for i in range(samples // batch_size)]
+        chunks = [[one_picture(model, size, batch_size, i)] for i in range(samples // batch_size)]
         began = clock(model.device)
         with tempfile.TemporaryDirectory() as folder:
-            fit(model, mimic, chunks, *plan(model, chunks, [4], "all", MEMORY_GB), embed, Path(folder))
+            fit(model, mimic, chunks, *plan(model, chunks, [model.config.image_token_id], "all", MEMORY_GB), embed, Path(folder))
         return clock(model.device) - began
-    batch, c = random_batch(size, batch_size), model.config.text
+    batch, c = one_picture(model, size, batch_size), model.config.text
     with torch.no_grad():
         x, s, T_q = embed(batch.teacher), embed(batch.student), batch.align.shape[1]
         for _ in range(2):
@@ -106,16 +549,16 @@ def layerwise(size, device, dtype, samples, batch_size, epochs):
         N, H, D = samples * T_q, c.num_attention_heads, c.head_dim
         q, log_z1, log_z2, delta = (
             torch.randn(*shape, device=device) for shape in ((H, N, D), (N, H), (N, H), (N, c.hidden_size)))
-        w_o = model.model["text_model"].layers[0].self_attn.o_proj.weight.float().view(-1, H, D)
+        w_o = model.text_model.layers[0].self_attn.o_proj.weight.float().view(-1, H, D)
         fit_layer(mimic, 0, q, log_z1, log_z2, delta, w_o)
         return TextConfig().num_hidden_layers * (streams * samples / batch_size + clock(model.device) - began)
 
 
 def training(size, device, dtype, samples, batch_size, epochs):
     """Seconds of end-to-end training: one epoch, or at full size one step of a one-layer model, times what is missing."""
-    model, mimic, features, _ = prepared(size, device, dtype, 1 if size == "full" else None)
+    model, mimic, features, _ = prepared(size, device, dtype)
     args, optimiser = parse([]), torch.optim.AdamW(mimic.parameters(), lr=1e-3)
-    batches = [random_batch(size, batch_size, i) for i in range(1 if size == "full" else samples // batch_size)]
+    batches = [one_picture(model, size, batch_size, i) for i in range(1 if size == "full" else samples // batch_size)]
 
     def step(batch):
         align, ce = losses(model, mimic, batch, features, args)
@@ -131,87 +574,54 @@ def training(size, device, dtype, samples, batch_size, epochs):
     return (clock(model.device) - began) * missing * epochs
 
 
+@torch.no_grad()
 def inference(size, device, dtype, samples, batch_size, epochs):
     """Seconds of one pass of the model over a batch's demonstrations and queries."""
-    model, _, _, embed = prepared(size, device, dtype, 1 if size == "full" else None)
-    rows = random_batch(size, batch_size).teacher
+    model, _, features, _ = prepared(size, device, dtype)
+    rows = one_picture(model, size, batch_size).teacher
     began = clock(model.device)
-    with torch.no_grad():
-        model.model["text_model"](embed(rows), rows.attention_mask.to(device), rows.attention_mask.to(device).cumsum(1) - 1,
-                                  Shifts(), None)
+    model.hidden_states(rows.input_ids.to(device), rows.attention_mask.to(device), gather(features, rows.samples))
     return clock(model.device) - began
 
 
-def alone(function, queue, threads, *arguments):
-    """In a process of its own: seconds and peak memory in GiB, the model's own weights included."""
-    torch.set_num_threads(threads)
-    seconds, cuda = function(*arguments), arguments[1].startswith("cuda")
-    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    queue.put((seconds, peak / 2**30))
+def bench_fit(args, size):
+    samples, batch_size = args.samples or {"toy": 1000, "mid": 64, "full": 1000}[size], 4 if size == "toy" else 2
+    words = size, args.device, getattr(torch, args.dtype_of(size)), samples, batch_size, EPOCHS
+    _, needed = measured(inference, *words)
+    runs = [[measured(side, *words) for side in (layerwise, training)] for _ in tqdm(range(args.repeats), desc="fit")]
+    (ours, peak), (peer, peer_peak) = (map(statistics.median, zip(*side, strict=True)) for side in zip(*runs, strict=True))
+    how = "; one layer measured, the rest extrapolated" if size == "full" else ""
+    yield row("fit_layerwise", ours, peer, peak, peer_peak, size=size, batch=batch_size, inference_peak_gib=needed,
+              about=f"{samples} samples, {SHOTS} shots, --memory-gb {MEMORY_GB}; peer: training, {EPOCHS} epochs; inference "
+                    f"alone {needed:.2f} GiB{how}")
 
 
-def measured(function, *arguments):
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=alone, args=(function, queue, torch.get_num_threads(), *arguments))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise InputError(f"{function.__name__} {arguments}: expected exit status 0, found {process.exitcode}")
-    return queue.get()
-
-
-def side_by_side(ours, peer, repeats, what, *arguments):
-    """Ours and the peer's, alternating → {ours_s, peer_s, ratio, peak_gib, peer_peak_gib}, medians."""
-    runs = [[measured(side, *arguments) for side in (ours, peer)] for _ in tqdm(range(repeats), desc=what)]
-    (seconds, peak), (peer_seconds, peer_peak) = (map(statistics.median, zip(*s, strict=True)) for s in zip(*runs, strict=True))
-    return {"what": what, "ours_s": seconds, "peer_s": peer_seconds, "ratio": peer_seconds / seconds, "peak_gib": peak,
-            "peer_peak_gib": peer_peak}
-
-
-def bench_fit(args, dtype):
-    for size in args.size:
-        samples, batch_size, epochs = args.samples or {"toy": 1000, "mid": 64, "full": 1000}[size], 4 if size == "toy" else 2, 5
-        words = size, args.device, getattr(torch, dtype), samples, batch_size, epochs
-        _, needed = measured(inference, *words)
-        how = "; one layer measured, the rest extrapolated" if size == "full" else ""
-        yield {**side_by_side(layerwise, training, args.repeats, "fit_layerwise", *words), "size": size, "batch": batch_size,
-               "inference_peak_gib": needed, "about": f"{samples} samples, {SHOTS} shots, --memory-gb {MEMORY_GB}; peer: "
-               f"training, {epochs} epochs; inference alone {needed:.2f} GiB{how}"}
-
-
-def captions(path):
-    """{id: [captions]} → the first caption of each picture as candidate, the others as its references."""
-    found = [c for c in read_json(path).values() if len(c) > 1]
-    return [c[0] for c in found], [c[1:] for c in found]
-
-
-def our_cider(path, device):
-    candidates, references = captions(path)
-    began = time.perf_counter()
-    print(f"ours {cider(candidates, references)[0]:.6f}")
-    return time.perf_counter() - began
-
-
-def their_cider(path, device):
+# ---------------------------------------------------------------------------------------------------------------------
+# CIDEr-D
+# ---------------------------------------------------------------------------------------------------------------------
+def bench_cider(args):
+    """{id: [captions]}: the first caption of each picture is the candidate, the others are its references."""
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-    candidates, references = captions(path)
-    began = time.perf_counter()
-    tokens = [PTBTokenizer().tokenize({i: [{"caption": c} for c in group] for i, group in enumerate(side)})
-              for side in (references, [[c] for c in candidates])]
-    print(f"peer {Cider().compute_score(*tokens)[0]:.6f}")
-    return time.perf_counter() - began
+    found, scores = [c for c in read_json(args.captions).values() if len(c) > 1], {}
+    candidates, references = [c[0] for c in found], [c[1:] for c in found]
+
+    def ours():
+        scores["ours"] = cider(candidates, references)[0]
+
+    def peer():
+        tokens = [PTBTokenizer().tokenize({i: [{"caption": c} for c in group] for i, group in enumerate(side)})
+                  for side in (references, [[c] for c in candidates])]
+        scores["peer"] = Cider().compute_score(*tokens)[0]
+
+    result, = side_by_side(args, {"cider": ours}, peer, batch=len(found))
+    yield result | {"about": f"ours {scores['ours']:.6f}, pycocoevalcap with its Java tokenizer {scores['peer']:.6f}"}
 
 
-def bench_cider(args, dtype):
-    if args.captions:
-        n = len(captions(args.captions)[0])
-        yield {**side_by_side(our_cider, their_cider, args.repeats, "cider", args.captions, "cpu"), "size": "-", "batch": n,
-               "about": f"{n} captions; peer: pycocoevalcap, its Java tokenizer included"}
-
-
-BENCHES = {"fit": bench_fit, "cider": bench_cider}
+COLUMNS = (("ours_s", 10, ".3g"), ("peer_s", 10, ".3g"), ("ratio", 8, ".2f"), ("peak_gib", 10, ".2f"),
+           ("peer_peak_gib", 10, ".2f"), ("gflop", 9, ".3g"), ("ceiling", 9, ".0%"))
+BENCHES = {"train": bench_train, "generate": bench_generate, "latency": bench_latency, "load": bench_load, "fit": bench_fit,
+           "cider": bench_cider}
 
 
 def main(argv=None):
@@ -220,25 +630,60 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES), help="(default: all)")
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["toy", "mid"], help="(default toy mid)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s here)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help="(default: float32, bfloat16 on cuda)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None,
+                        help="(default: float32, bfloat16 on cuda and at full size)")
     parser.add_argument("--repeats", type=int, default=3, help="(default %(default)s)")
-    parser.add_argument("--samples", type=int, default=None, help="(default: toy and full 1000, mid 64)")
+    parser.add_argument("--batch-size", type=int, default=None, help="of train_step (default: toy 4, mid 2, full 8, on a CPU 1)")
+    parser.add_argument("--samples", type=int, default=None, help="of fit (default: toy and full 1000, mid 64)")
+    parser.add_argument("--pictures", default=None, metavar="FOLDER", help="JPEGs to encode (default: noise)")
     parser.add_argument("--captions", default=None, metavar="FILE", help="for cider: JSON {image id: [captions]}")
     parser.add_argument("--threads", type=int, default=None, help="of the CPU (default: torch's)")
     parser.add_argument("--out", default=None, metavar="FILE", help="writes the rows as JSON")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    rows = []
-    print(f"{'what':<16}{'size':<6}{'ours s':>10}{'peer s':>10}{'ratio':>8}{'peak GiB':>10}{'peer GiB':>10}  about")
-    for name in args.only:
-        for row in BENCHES[name](args, dtype):
-            rows.append({**row, "device": args.device, "dtype": dtype})
-            print(f"{row['what']:<16}{row['size']:<6}{row['ours_s']:>10.3g}{row['peer_s']:>10.3g}{row['ratio']:>8.2f}"
-                  f"{row['peak_gib']:>10.2f}{row['peer_peak_gib']:>10.2f}  {row['about']}")
-    if args.out:
-        write_atomically(args.out, json.dumps(rows, indent=1) + "\n")
+    temporary, kept = tempfile.TemporaryDirectory(), {}
+    cpu, here = args.device == "cpu", importlib.util.find_spec("transformers") is not None
+    args.alone = lambda size: not here or (size == "full" and cpu)                    # without a peer
+    args.dtype_of = lambda size: args.dtype or ("float32" if cpu and size != "full" else "bfloat16")
+
+    def checkpoint(size):
+        folder = Path(temporary.name) / size
+        if not folder.exists():
+            folder.mkdir()
+            write_checkpoint(folder, SIZES[size][0], getattr(torch, args.dtype_of(size)))
+        return folder
+
+    def models(size):
+        if size not in kept:
+            kept.clear()
+            dtype = getattr(torch, args.dtype_of(size))
+            kept[size] = (Idefics2.from_pretrained(checkpoint(size), dtype) if size == "full" and cpu
+                          else random_model(size, args.device, dtype))
+        return kept[size]
+
+    args.checkpoint, args.models, rows, speed = checkpoint, models, [], {}
+    print(f"{'what':<18}{'size':<6}{'batch':>6}{'ours s':>10}{'peer s':>10}{'ratio':>8}{'peak GiB':>10}{'peer GiB':>10}"
+          f"{'GFLOP':>9}{'ceiling':>9}  about")
+
+    def cell(row, key, width, form):
+        return f"{row[key]:>{width}{form}}" if row.get(key) is not None else " " * (width - 1) + "–"
+
+    with temporary:
+        for size, name in [(size, name) for size in args.size for name in args.only if name != "cider"] + [(None, "cider")]:
+            if size is None and ("cider" not in args.only or not args.captions):
+                continue
+            dtype = args.dtype_of(size) if size else "float64"
+            if size and dtype not in speed:
+                speed[dtype] = ceilings(args.device, getattr(torch, dtype))
+                print(f"{dtype}: {speed[dtype][0] / 1e9:,.0f} GFLOP/s, {speed[dtype][1] / 1e9:.1f} GB/s read")
+            args.ceilings = speed.get(dtype)
+            for found in BENCHES[name](args, size) if size else bench_cider(args):
+                rows.append({**found, "device": args.device, "dtype": dtype})
+                print(f"{found['what']:<18}{found['size']:<6}{found['batch']:>6}" + "".join(cell(found, *c) for c in COLUMNS)
+                      + f"  {found['about']}", flush=True)
+                if args.out:
+                    write_atomically(args.out, json.dumps(rows, indent=1) + "\n")
     return rows
 
 

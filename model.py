@@ -205,6 +205,16 @@ def attention(q, k, v, mask=None):
     return out, lse
 
 
+def fused_attention(q, k, v, mask):
+    """`attention` by the library's fused kernel, which knows lse but passes no gradient on to it: for passes without gradients.
+
+    Arguments and results as `attention`, but rows with no allowed key have lse = 0 and mean nothing."""
+    if q.device.type != "cpu":                # the kernels of other devices want each their own form of mask, and keys repeated
+        return attention(q, k, v, mask)
+    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+
+
 class Shifts:
     """What may be changed inside the decoder, at four places; each method returns its input by default.
 
@@ -386,7 +396,7 @@ class VisionModel(nn.Module):
 
     def forward(self, pixel_values, mask):
         """(N,3,H,W), patch mask (N,h,w) → (N,P,d). Patches that are not valid are no keys; their own rows mean nothing."""
-        x, keys = self.embeddings(pixel_values, mask), mask.flatten(1)[:, None, None]             # keys (N,1,1,P)
+        x, keys = self.embeddings(pixel_values, mask), None if mask.all() else mask.flatten(1)[:, None, None]       # (N,1,1,P)
         for layer in self.encoder["layers"]:
             x = layer(x, keys)
         return self.post_layernorm(x)
@@ -484,14 +494,16 @@ class DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, self.n_kv_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(self.n_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, layer, x, cos, sin, mask, shifts, cache):
-        q = rotate(split_heads(self.q_proj(x), self.n_heads), cos, sin)
+    def forward(self, layer, x, cos, sin, mask, shifts, cache, last=None):
+        """last: queries of so many last columns only; keys and values of all."""
+        at = slice(-last if last else 0, None)
+        q, mask = rotate(split_heads(self.q_proj(x[:, at]), self.n_heads), cos[:, :, at], sin[:, :, at]), mask[:, :, at]
         k = rotate(split_heads(self.k_proj(x), self.n_kv_heads), cos, sin)
         v = split_heads(self.v_proj(x), self.n_kv_heads)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         if shifts.reads_attention:
-            out, lse = attention(q, k, v, mask)
+            out, lse = (attention if torch.is_grad_enabled() else fused_attention)(q, k, v, mask)
             out = shifts.after_attention(layer, q, k, out, lse)
         else:
             out = sdpa(q, k, v, mask)
@@ -504,8 +516,9 @@ class DecoderLayer(nn.Module):
         self.self_attn, self.mlp = DecoderAttention(c), SwiGLU(c.hidden_size, c.intermediate_size, c.hidden_size)
         self.input_layernorm, self.post_attention_layernorm = (RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
 
-    def forward(self, layer, x, cos, sin, mask, shifts, cache):
-        x = x + self.self_attn(layer, self.input_layernorm(x), cos, sin, mask, shifts, cache)
+    def forward(self, layer, x, cos, sin, mask, shifts, cache, last=None):
+        """(B,T,d) → (B,T,d), or (B,last,d)."""
+        x = x[:, -last if last else 0:] + self.self_attn(layer, self.input_layernorm(x), cos, sin, mask, shifts, cache, last)
         x = x + shifts.after_ffn(layer, self.mlp(self.post_attention_layernorm(x)))
         return shifts.after_layer(layer, x)
 
@@ -520,14 +533,15 @@ class TextModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, attention_mask, position_ids, shifts, cache, pictures=None):
-        """Embeddings x (B,T,d), attention_mask (B,S), position_ids (B,T) → normed hidden states (B,T,d). pictures: of `enter`."""
+    def forward(self, x, attention_mask, position_ids, shifts, cache, pictures=None, last=None):
+        """Embeddings x (B,T,d), attention_mask (B,S), position_ids (B,T) → normed hidden states (B,T,d), or (B,last,d): nobody
+        reads the others, so the top layer does not make them. pictures: of `enter`."""
         cos, sin = rope(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         mask = causal_mask(attention_mask, x.shape[1], self.config.sliding_window)
         for i, layer in enumerate(self.layers):
             if i in self.crossed:
                 x = self.enter(i, x, pictures, cache)
-            x = layer(i, x, cos, sin, mask, shifts, cache)
+            x = layer(i, x, cos, sin, mask, shifts, cache, last if i == len(self.layers) - 1 else None)
         return self.norm(x)
 
 
@@ -631,8 +645,10 @@ class Idefics2(nn.Module):
         """What the decoder's layers see of the pictures beside the embeddings: nothing."""
         return None
 
-    def hidden_states(self, input_ids, attention_mask, image_features=None, shifts=None, position_ids=None, cache=None):
-        """The decoder's normed output states (B,T,d); `lm_head` makes logits of the columns that somebody reads.
+    def hidden_states(self, input_ids, attention_mask, image_features=None, shifts=None, position_ids=None, cache=None,
+                      last=None):
+        """The decoder's normed output states (B,T,d), or of the last columns (B,last,d); `lm_head` makes logits of those that
+        somebody reads.
 
         input_ids (B,T); attention_mask (B,S), 1 or True = token, S = T + the cache's length; image_features (N,n_latents,d) or
         None; position_ids (B,T) default to cumsum(attention_mask) − 1 (1 for padding), so that padding never moves a token."""
@@ -644,7 +660,7 @@ class Idefics2(nn.Module):
             x, pictures = self.text_model.embed_tokens(input_ids), None
         else:
             x, pictures = self.embed(input_ids, image_features), self.pictures(input_ids, image_features, cache)
-        x = self.text_model(shifts.after_embedding(input_ids, x), attention_mask, position_ids, shifts, cache, pictures)
+        x = self.text_model(shifts.after_embedding(input_ids, x), attention_mask, position_ids, shifts, cache, pictures, last)
         if cache is not None:
             cache.length += input_ids.shape[1]
         return x
@@ -670,7 +686,7 @@ class Idefics2(nn.Module):
 
         def next_logits(ids, features=None):
             """fp32 logits (rows,vocab) of the token after `ids`; everything before them is in the cache."""
-            states = self.hidden_states(ids, attention_mask, features, shifts, cache=cache)
+            states = self.hidden_states(ids, attention_mask, features, shifts, cache=cache, last=1)
             return self.lm_head(states[:, -1]).float()
 
         logits = next_logits(input_ids, image_features)
@@ -712,11 +728,12 @@ class BeamSearch:
     def step(self, logits):
         """logits (B,vocab) at first, then (B·K,vocab) → the beams' new tokens and the rows they continue, (B·K,) each."""
         B, K = self.B, self.K
-        logp = logits.log_softmax(-1).index_fill(1, self.banned, -torch.inf)      # the other scores are as without the ban
-        rows = logp.shape[0] // B                     # beams of a prompt that came in: 1 at first, then K
-        total = (self.score[:, :rows, None] + logp.view(B, rows, -1)).flatten(1)
-        top, at = total.topk(min(K * max(2, 1 + len(self.ends)), total.shape[1]))
-        parent, token = at // logp.shape[1], at % logp.shape[1]
+        rows, log_sum = logits.shape[0] // B, logits.logsumexp(-1, keepdim=True)      # beams that came in: 1 at first, then K
+        n = min(K * max(2, 1 + len(self.ends)), logits.shape[1])                      # of no beam more than n can be taken
+        best, token = logits.index_fill(1, self.banned, -torch.inf).topk(n)           # the others' scores are as without the ban
+        total = self.score[:, :rows, None] + (best - log_sum).view(B, rows, n)
+        top, at = total.flatten(1).topk(n)
+        parent, token = at // n, token.view(B, -1).gather(1, at)
         ids = self.ids.gather(1, parent[:, :, None].expand(-1, -1, self.max))
         ids[:, :, self.t] = token
         self.t += 1

@@ -176,19 +176,19 @@ def parse(argv):
 # ---------------------------------------------------------------------------------------------------------------------
 def losses(model, shifts, batch, features, args, processor=None):
     """L_align and L_gt of a batch, scalars in fp32. Paper, Figure 3. processor: for a method that changes the vision tower."""
-    def states(model, rows, features, shifts):
+    def states(model, rows, features, shifts, last=None):
         position_ids = None if rows.position_ids is None else rows.position_ids.to(model.device)
         return model.hidden_states(rows.input_ids.to(model.device), rows.attention_mask.to(model.device),
-                                   gather(features, rows.samples), shifts, position_ids)
+                                   gather(features, rows.samples), shifts, position_ids, last=last)
 
     def teacher_states(shifts):
         """Without gradients; demonstrations that all rows share are computed for one of them."""
         rows, n = batch.teacher, batch.n_shared
         if not n:
-            return states(model, rows, features, shifts)
+            return states(model, rows, features, shifts, T_q)
         ids, mask, B = rows.input_ids.to(model.device), rows.attention_mask.to(model.device), len(rows.input_ids)
         cache, icds = KVCache(model.config.text.num_hidden_layers, ids.shape[1]), rows.samples[:len(rows.samples) // B - 1]
-        model.hidden_states(ids[:1, :n], mask[:1, :n], gather(features, icds), cache=cache)
+        model.hidden_states(ids[:1, :n], mask[:1, :n], gather(features, icds), cache=cache, last=1)
         cache.repeat(B)
         return model.hidden_states(ids[:, n:], mask, gather(features, batch.student.samples), shifts, cache=cache)
 
