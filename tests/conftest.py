@@ -98,10 +98,15 @@ def tiny_folder(tmp_path_factory, shared):
     return tiny("idefics2", tmp_path_factory, shared)
 
 
-@pytest.fixture(scope="session", params=TINY)
-def either_folder(request, tmp_path_factory, shared):
-    """The same of either model (Idefics1 with Idefics2's words, its own are not on this machine)."""
-    return request.getfixturevalue("tiny_folder") if request.param == "idefics2" else tiny("idefics1", tmp_path_factory, shared)
+@pytest.fixture(scope="session")
+def tiny_idefics1(tmp_path_factory, shared):
+    """The same of Idefics1, with the words of Idefics2: its own are not on this machine."""
+    return tiny("idefics1", tmp_path_factory, shared)
+
+
+@pytest.fixture(scope="session", params=["tiny_folder", "tiny_idefics1"], ids=TINY)
+def either_folder(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session", params=TINY)

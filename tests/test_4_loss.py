@@ -69,16 +69,16 @@ def test_learning_rate_rises_for_a_tenth_of_the_steps_and_falls_to_zero():
     assert rates[55] == pytest.approx(0.5, abs=0.01) and all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
 
 
-def test_padding_a_batch_changes_no_loss_and_no_gradient(tiny_folder):
+def test_padding_a_batch_changes_no_loss_and_no_gradient(either_folder):
     """A short and a long sample together, the short one padded, against each alone, from prompts to gradients in float64."""
     from PIL import Image
 
-    from data import TEMPLATES, Processor, Sample, collate
+    from data import Sample, collate
+    from eval import load_model
     from mimic import MimIC
-    from model import Idefics2
     from train import losses, parse
 
-    processor, model = Processor.from_pretrained(tiny_folder), Idefics2.from_pretrained(tiny_folder, torch.float64)
+    model, processor = load_model(either_folder, "cpu", "float64")
     pictures = [Image.new("RGB", (400, 400), (80 * i, 9, 9)) for i in range(2)]
     samples = [Sample(i, pictures[i], "why " * n + "?", [], "so", i) for i, n in enumerate((1, 12))]
     values, mask = processor.images([s.image for s in samples])
@@ -87,7 +87,7 @@ def test_padding_a_batch_changes_no_loss_and_no_gradient(tiny_folder):
     for rows in (samples, samples[:1], samples[1:]):
         torch.manual_seed(0)
         mimic = MimIC(3, 4, 16).double()
-        batch = collate(rows, [[s for s in samples if s is not q] for q in rows], processor, TEMPLATES["vqa"])
+        batch = collate(rows, [[s for s in samples if s is not q] for q in rows], processor, processor.templates["vqa"])
         align, ce = losses(model, mimic, batch, features, args)
         (align + args.lambda_ce * ce).backward()
         results.append((align, ce, *(p.grad for p in mimic.parameters())))

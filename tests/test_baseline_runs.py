@@ -2,18 +2,22 @@
 
 import csv
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_model, small
 
 import eval as evaluation
 import train
 from data import TEMPLATES, collate, load, pick_icds
 from eval import ADAPTERS, answer, load_model
 from features import encode_images
+from idefics1 import Idefics1
 from mimic import MimIC
-from model import InputError, Shifts
-from train import DEFAULTS, losses, parse
+from model import Idefics2, InputError, Shifts
+from train import DEFAULTS, EPOCHS, losses, parse
 
 
 def run(out, *options):
@@ -51,6 +55,33 @@ def test_a_run_trains_and_eval_of_it_scores_the_same(name, tmp_path):
     assert {k: again[k] for k in same} == {k: rows[-1][k] for k in same}
     said = [[json.loads(x) for x in (tmp_path / f / "predictions.jsonl").read_text().splitlines()] for f in ("run", "again")]
     assert [x["prediction"] for x in said[0] if x["method"] == method] == [x["prediction"] for x in said[1]]
+
+
+@pytest.fixture(scope="module")
+def toy_idefics1(tmp_path_factory):
+    """A tiny random Idefics1 that has the toy world's words."""
+    folder = save_model(tmp_path_factory.mktemp("toy") / "idefics1", small("idefics1", 122))
+    return Path(shutil.copy("checkpoints/tiny/tokenizer.json", folder)).parent
+
+
+@pytest.mark.parametrize("options", [[], ["--fit", "layerwise"], ["--share-icds"], ["--method", "lora", "--scope", "all"],
+                                     ["--dataset", "toy-caption", "--method", "stave"]], ids=" ".join)
+def test_the_toy_world_runs_through_an_idefics1(options, toy_idefics1, tmp_path):
+    rows = run(tmp_path / "run", "--model", str(toy_idefics1), "--shots", "2", "--epochs", "1", *options)
+    again = evaluation.main(["--run", str(tmp_path / "run"), "--limit", "12", "--out", str(tmp_path / "again")])
+    same = ("method", "score", "n", "parameters", "prompt_tokens")
+    assert {k: again[k] for k in same} == {k: rows[-1][k] for k in same}
+    assert rows[-1]["prompt_tokens"] == 9 - 3 or "toy-caption" in options           # a picture is one token here, four in the toy
+
+
+def test_the_model_says_how_many_demonstrations_and_epochs_are_the_papers(toy_idefics1, tmp_path):
+    assert parse(["--model", str(toy_idefics1)]).shots == 32 and parse([]).shots == 8
+    assert parse(["--model", str(toy_idefics1), "--method", "stave"]).shots == 1
+    assert (Idefics1.epochs, Idefics2.epochs) == (10, 5)
+    assert [n or Idefics1.epochs for _, n in EPOCHS] == [15, 10, 10] and [n or Idefics2.epochs for _, n in EPOCHS] == [15, 10, 5]
+    row = evaluation.main(["--model", str(toy_idefics1), "--method", "icl", "--limit", "2", "--num-beams", "1", "--out",
+                           str(tmp_path)])
+    assert row["shots"] == 32
 
 
 def test_without_a_teacher_nobody_reads_demonstrations():

@@ -153,10 +153,9 @@ def test_stave_adds_each_row_divided_by_the_root_of_what_it_covers(model):
     assert torch.equal(stave.after_embedding(ids[:, :1], x[:, :1]), x[:, :1])          # a generated token
 
 
-def test_stave_covers_instruction_and_query_but_no_demonstration_and_no_answer(shared):
-    processor = Processor.from_pretrained(REPOSITORY / "checkpoints/tiny")
-    processor.tokenizer = processor.tokenizer.from_file(str(shared / "data/tokenizer/tokenizer.json"))
-    processor.image_ids, processor.vocab_size, template = (32000, 32001), 32002, TEMPLATES["vqa"]
+def test_stave_covers_instruction_and_query_but_no_demonstration_and_no_answer(either_folder):
+    processor = classes_of(either_folder)[1].from_pretrained(either_folder)
+    template = processor.templates["vqa"]
     a, b, c = (Sample(i, None, q, [s], s) for i, (q, s) in enumerate(
         [("what is this?", "cat"), ("is it a long one or not?", "yes it is"), ("where?", "left")]))
     batch = collate([a, b], [[b, c], [c, a]], processor, template)

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 import train
-from data import TEMPLATES, Processor, Sample, collate
+from data import Sample, collate
+from eval import load_model
 from features import Features, encode_images
 from mimic import MimIC
-from model import Idefics2, InputError
+from model import InputError
 from train import demonstrations, losses, parse
 
 
@@ -24,10 +25,9 @@ def pictures(n):
 
 
 @pytest.fixture(scope="module")
-def exact(tiny_folder):
+def exact(either_folder):
     """A tiny random model in float64, its processor, six samples and their features."""
-    processor, samples = Processor.from_pretrained(tiny_folder), pictures(6)
-    model = Idefics2.from_pretrained(tiny_folder, torch.float64)
+    (model, processor), samples = load_model(either_folder, "cpu", "float64"), pictures(6)
     return model, processor, samples, encode_images(model, processor, samples, {})
 
 
@@ -71,7 +71,7 @@ def test_demonstrations_that_a_batch_shares_are_read_once_and_change_no_loss_and
     for share in (False, True):
         torch.manual_seed(0)
         mimic = MimIC(3, 4, 16).double()
-        batch = collate(samples[:3], [samples[3:]] * 3, processor, TEMPLATES["vqa"], share)
+        batch = collate(samples[:3], [samples[3:]] * 3, processor, processor.templates["vqa"], share)
         embedded = model.text_model.embed_tokens.register_forward_hook(lambda _m, x, _y: seen[-1].append(x[0].numel()))
         seen.append([])
         align, ce = losses(model, mimic, batch, features, args)
@@ -93,7 +93,7 @@ def test_shared_demonstrations_are_none_of_the_batchs_queries(exact):
     with pytest.raises(InputError, match="expected at least 3 training samples"):
         demonstrations(args, samples, samples[:4], 0)
     with pytest.raises(InputError, match="share their demonstrations"):
-        collate(samples[:2], [samples[2:4], samples[3:5]], exact[1], TEMPLATES["vqa"], share=True)
+        collate(samples[:2], [samples[2:4], samples[3:5]], exact[1], exact[1].templates["vqa"], share=True)
 
 
 def test_a_run_with_shared_demonstrations_learns_the_toy_and_leaves_no_features_behind(tmp_path):

@@ -9,16 +9,18 @@ import eval as evaluation
 import memory
 import train
 from baselines.lora import LoRA
+from idefics1 import Idefics1
 from mimic import MimIC
-from model import Config, InputError, PerceiverConfig, TextConfig, VisionConfig
+from model import Config, Idefics2, InputError, PerceiverConfig, TextConfig, VisionConfig
 
 SMALL = Config(VisionConfig(32, 64, 2, 4, 28), PerceiverConfig(4, 1, 4, 8, 2), TextConfig(64, 128, 3, 4, 2, vocab_size=100),
                image_token_id=99)
 
 
-def test_weights_of_the_published_model_are_counted_by_shape(shared):
-    found = memory.parts(memory.meta_model(Config(), torch.bfloat16), 8, (0,), 3, 16)
-    assert found["weights"] * memory.GIB == 2 * 8_402_759_920 and "training" not in found
+@pytest.mark.parametrize("kind, size", [(Idefics2, 8_402_759_920), (Idefics1, 8_929_679_632)])
+def test_weights_of_the_published_models_are_counted_by_shape(kind, size):
+    found = memory.parts(memory.meta_model(kind.config_class(), torch.bfloat16, kind), 8, (0,), 3, 16)
+    assert found["weights"] * memory.GIB == 2 * size and "training" not in found
 
 
 @pytest.mark.parametrize("adapter_of", [MimIC.for_model, LoRA.for_model])

@@ -88,6 +88,9 @@ def test_clip_resampler_and_gated_blocks_equal_the_recorded_ones_stage_by_stage(
         expected = golden.out[name].view(len(modules), len(real), *golden.out[name].shape[-2:])[:, real]
         torch.testing.assert_close(torch.stack(ours), expected, **TOLERANCE, msg=name)
     torch.testing.assert_close(golden.features, golden.out["image_features"][real], **TOLERANCE)
+    patches, valid = golden.model.patches(golden.pixels, golden.mask)                     # those without the class token
+    torch.testing.assert_close(patches, golden.out["vision_layers"][-1][real][:, 1:], **TOLERANCE)
+    assert valid.shape == patches.shape[:2] and valid.all()
     _, ours = outputs_of(list(text.gated_cross_attn_layers),
                          lambda: golden.model(golden.input_ids, golden.attention_mask, golden.features))
     torch.testing.assert_close(torch.stack(ours)[:, golden.keep], golden.out["cross_layers"][:, golden.keep], **TOLERANCE)
@@ -112,8 +115,8 @@ def test_every_decoder_layer_and_the_logits_equal_the_recorded_ones(golden):
 
 
 def test_separators_of_the_official_code_are_masked_keys_that_only_idefics2_counts_as_positions(golden):
-    counted = isinstance(golden.model, Idefics1) is False
-    positions = torch.arange(golden.input_ids.shape[1]).expand_as(golden.input_ids) if counted else None
+    counted = torch.arange(golden.input_ids.shape[1]).expand_as(golden.input_ids)
+    positions = None if isinstance(golden.model, Idefics1) else counted
     logits = golden.model(golden.sep_input_ids, golden.sep_attention_mask, golden.features, position_ids=positions)
     torch.testing.assert_close(logits[golden.keep], golden.out["sep_logits"][golden.keep], **TOLERANCE)
 

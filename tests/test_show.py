@@ -97,7 +97,8 @@ def test_a_sheet_of_real_samples_has_their_pictures(tiny_folder, shared, tmp_pat
 
 @pytest.mark.parametrize("words, message", [
     (["toy", "--shots", "-1"], "--shots: expected at least 0"), (["toy", "--task", "100000"], "has no task"),
-    (["okvqa", "--data", "/nowhere"], "/nowhere: expected a folder"), (["toy", "--model", "/nowhere"], "/nowhere: expected a model folder"),
+    (["okvqa", "--data", "/nowhere"], "/nowhere: expected a folder"),
+    (["toy", "--model", "/nowhere"], "/nowhere: expected a model folder"),
     (["toy", "--png", "/nowhere/a.png"], "/nowhere/a.png: expected a picture file")])
 def test_mistakes_are_one_line(words, message):
     with pytest.raises(InputError, match=message):
