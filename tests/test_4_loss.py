@@ -78,7 +78,7 @@ class TrueShift(Shifts):
     """What demonstrations do at every head, exactly: μ·(SA_D − SA), with K_D and V_D of a pass over the demonstrations alone."""
 
     def __init__(self, model, demonstrations, layers):
-        self.blocks, self.layers, self.kv = model.model["text_model"].layers, (), []
+        self.blocks, self.layers, self.kv = model.text_model.layers, (), []
         model(demonstrations, torch.ones_like(demonstrations), shifts=self)
         self.layers = layers
 
