@@ -12,7 +12,8 @@ loss            the losses of the training, and the dev score
 cost            accuracy against shots, and against milliseconds a query (runs with --compare, as the toy's)
 
 True is what the identity says (mimic.py), at the teacher's own queries: Z1 over its demonstrations' keys, the shift
-SA(q,K_D,V_D) − SA(q,K,V). Needs matplotlib. The numbers behind the pictures are printed.
+μ·(SA(q,K_D,V_D) − SA(q,K,V)); the mean over several draws of demonstrations, for nothing that is added whatever they are can do
+better. Needs matplotlib. The numbers behind the pictures are printed.
 """
 
 import argparse
@@ -79,8 +80,8 @@ def inside(model, rows, features, shifts=None):
 @torch.no_grad()
 def compare(model, mimic, batch, features):
     """Teacher and MimIC on one batch → one dict a layer, tensors over the N tokens of queries and answers, fp32 on the CPU:
-    q (H,N,D), f, mu (N,H) of MimIC and true_log_z1, true_mu (N,H), true_shift (N,H,D) = SA_D − SA of the teacher; behind W_o
-    added and true_added (N,d): what MimIC and the demonstrations add to the layer, all heads together."""
+    q (H,N,D), f, mu (N,H) of MimIC; true_log_z1, true_mu (N,H), true_shift (N,H,D) = μ·(SA_D − SA) of the teacher; and behind W_o,
+    all heads together, added and true_added (N,d), what MimIC and the demonstrations add, and true_power (N), its square."""
     teacher, student = inside(model, batch.teacher, features), inside(model, batch.student, features, mimic)
     T_q, keep = batch.align.shape[1], batch.align.to(model.device)
     mask = causal_mask(batch.teacher.attention_mask.to(model.device), T_q, model.config.text.sliding_window)
@@ -94,12 +95,29 @@ def compare(model, mimic, batch, features):
         SA_D, log_z1 = attention(q[:, :, -T_q:], k, v, mask & demonstrations)
         SA, log_z2 = attention(q[:, :, -T_q:], k, v, mask & ~demonstrations)
         x = {"q": kept(q_S).transpose(0, 1), "f": kept(mimic.f(layer, q_S)), "mu": kept(mimic.mu(layer, q_S, k_S, lse_S)),
-             "true_log_z1": kept(log_z1), "true_mu": kept(torch.sigmoid(log_z1 - log_z2)), "true_shift": kept(SA_D - SA)}
-        vector = mimic.vector[layer].float().cpu()
-        x["added"], x["true_added"] = ((mu.unsqueeze(-1) * shift).flatten(1) @ W_o.T
-                                       for mu, shift in ((x["mu"], vector), (x["true_mu"], x["true_shift"])))
+             "true_log_z1": kept(log_z1), "true_mu": kept(torch.sigmoid(log_z1 - log_z2))}
+        x["true_shift"] = x["true_mu"].unsqueeze(-1) * kept(SA_D - SA)
+        x["added"] = (x["mu"].unsqueeze(-1) * mimic.vector[layer].float().cpu()).flatten(1) @ W_o.T
+        x["true_added"] = x["true_shift"].flatten(1) @ W_o.T
+        x["true_power"] = x["true_added"].pow(2).sum(-1)
         layers.append(x)
     return layers
+
+
+def joined(draws):
+    """draws: for every batch what `compare` says of it with each of several draws of demonstrations → the same dicts, of all
+    tokens. What is true is the mean over the draws: nothing that is added whatever the demonstrations are can be closer to all."""
+    batches = [[{name: torch.stack([d[layer][name] for d in batch]).mean(0) for name in batch[0][layer]}
+                for layer in range(len(batch[0]))] for batch in draws]
+    return [{name: torch.cat([b[layer][name] for b in batches], 1 if name == "q" else 0) for name in batches[0][layer]}
+            for layer in range(len(batches[0]))]
+
+
+def common(x, n):
+    """Share of what demonstrations add to a layer (squares, behind W_o) that does not depend on which they are: ‖mean‖² of n draws,
+    less what n draws leave of the variance, over the mean of ‖·‖².  x: a dict of `joined`, n ≥ 2 → scalar."""
+    mean, power = x["true_added"].pow(2).sum(), x["true_power"].sum()
+    return (mean - (power - mean) / (n - 1)) / power
 
 
 def explained(found, true):
@@ -113,24 +131,26 @@ def approximation(layers, vector):
     """How good f and v are, and how good they could be → {name: (L,H)}. Of the tokens the first half fits, the second judges.
 
     R² of f: of log Z1's variance. Shares of the shift: of the squares of μ·(SA_D − SA), by a constant vector, by the true μ times
-    the best v of the head, and by the trained μ̃·v; cosine: of the trained v with that best v. Last, (L,1): the share of what a
-    layer adds, all heads together behind W_o, by the trained ones."""
+    the best v of the head, and by the trained μ̃·v; cosine: of the trained v with that best v. Last, (L,1): the shares of what a
+    layer adds, all heads together behind W_o, by a constant vector and by the trained heads. true: the mean over the draws."""
     found = {name: [] for name in ("R², best linear f", "R², trained f", "correlation, trained f", "share, constant shift",
                                    "share, true μ and best v", "share, trained μ̃·v", "cosine, trained v and best v",
-                                   "share of a layer, trained")}
+                                   "share of a layer, constant", "share of a layer, trained")}
     for x, v in zip(layers, vector, strict=True):
         half = len(x["f"]) // 2
         log_z1, f, mu, true_mu = (x[name][half:] for name in ("true_log_z1", "f", "mu", "true_mu"))
         weight, bias = start_f(x["q"][:, :half].contiguous(), x["true_log_z1"][:half])
         linear = torch.einsum("hnd,hd->nh", x["q"][:, half:], weight) + bias
         centred = log_z1 - log_z1.mean(0)
-        shift = x["true_mu"].unsqueeze(-1) * x["true_shift"]
+        shift, added = x["true_shift"], x["true_added"][:, None]
         best_v = (x["true_mu"].unsqueeze(-1) * shift)[:half].sum(0) / x["true_mu"][:half].pow(2).sum(0).unsqueeze(-1)     # (H,D)
         rows = (explained(linear - log_z1.mean(0), centred), explained(f - log_z1.mean(0), centred),
                 torch.cosine_similarity(f - f.mean(0), centred, dim=0),
                 explained(shift[:half].mean(0).expand_as(shift[half:]), shift[half:]),
                 explained(true_mu.unsqueeze(-1) * best_v, shift[half:]), explained(mu.unsqueeze(-1) * v, shift[half:]),
-                torch.cosine_similarity(v, best_v, dim=-1), explained(x["added"][half:, None], x["true_added"][half:, None]))
+                torch.cosine_similarity(v, best_v, dim=-1),
+                explained(added[:half].mean(0).expand_as(added[half:]), added[half:]),
+                explained(x["added"][half:, None], added[half:]))
         for name, row in zip(found, rows, strict=True):
             found[name].append(row)
     return {name: torch.stack(rows).numpy() for name, rows in found.items()}
@@ -208,7 +228,7 @@ def draw_approximation(path, found):
                                                 ("cosine, trained v and best v", "cosine of v, best v", orange)]),
         ("is μ̃·v the shift?", "share of squares", [("share, true μ and best v", "true μ, best v", green),
                                                    ("share, trained μ̃·v", "trained", blue),
-                                                   ("share of a layer, trained", "whole layer, trained", "black")])]
+                                                   ("share of a layer, trained", "trained, whole layer", "black")])]
     figure, axes = new(8.2, nrows=3)
     for axis, (title, label, groups) in zip(axes, panels, strict=True):
         for i, (name, shown, colour) in enumerate(groups):
@@ -334,11 +354,17 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, metavar="FIGURE",
                         help=f"some of {' '.join(FIGURES)} (default: all)")
     parser.add_argument("--queries", type=int, default=100, help="of the evaluation split, to look inside (default %(default)s; "
-                        "on the CPU are kept 4·L·H·(2D+4) bytes for every token of theirs)")
+                        "kept in memory: 4·L·H·(3D+4) bytes for every token of theirs)")
+    parser.add_argument("--draws", type=int, default=5,
+                        help="of demonstrations for every query: f and v are compared with the mean of what these do "
+                             "(default %(default)s)")
     parser.add_argument("--out", default="docs", metavar="FOLDER", help="gets FIGURE.png (default %(default)s)")
     args = parser.parse_args(argv)
     if not importlib.util.find_spec("matplotlib"):
         raise InputError("explain.py: expected matplotlib (pip install matplotlib), found none")
+    for name, least in ("queries", 2), ("draws", 1):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name}: expected at least {least}, found {getattr(args, name)}")
     beside = [r for r in RUNS if r != "runs/toy"] if args.beside is None and args.run == "runs/toy" else args.beside or []
     run, mimic = open_run(args.run)
     if not isinstance(mimic, MimIC):
@@ -354,29 +380,30 @@ def main(argv=None):
     run.shots = shots
 
     if {"mu", "approximation", "distance"} & set(args.only):
-        batches, features = [], {}
-        for i in range(0, min(args.queries, len(samples)), 10):
-            queries = samples[i:i + 10]
-            icds = [pick_icds(pool, q, shots, f"{run.seed}-0-{q.id}") for q in queries]
-            batches.append(collate(queries, icds, processor, template_of(run)))
-        encode_images(model, processor, [s for b in batches for s in b.teacher.samples], features, "encode images")
+        features, draws = {}, args.draws if {"mu", "approximation"} & set(args.only) else 1
+        batches = [[collate(queries, [pick_icds(pool, q, shots, f"{run.seed}-{draw}-{q.id}") for q in queries], processor,
+                            template_of(run)) for draw in range(draws)]
+                   for queries in (samples[i:i + 10][:args.queries - i] for i in range(0, min(args.queries, len(samples)), 10))]
+        encode_images(model, processor, [s for b in batches for d in b for s in d.teacher.samples], features, "encode images")
     if {"mu", "approximation"} & set(args.only):
-        parts = [compare(model, mimic, b, features) for b in tqdm(batches, desc="look inside", unit="batch")]
-        layers = [{name: torch.cat([p[layer][name] for p in parts], 1 if name == "q" else 0) for name in parts[0][layer]}
-                  for layer in range(len(parts[0]))]
+        layers = joined([[compare(model, mimic, draw, features) for draw in batch]
+                         for batch in tqdm(batches, desc="look inside", unit="batch")])
     if "approximation" in args.only:
-        found = approximation(layers, mimic.vector.detach().cpu())
-        print(f"{run.dataset}, {len(layers[0]['f']):,} tokens; over heads:   median     10%     90%")
+        found = approximation(layers, mimic.vector.detach().float().cpu())
+        print(f"{run.dataset}, {len(layers[0]['f']):,} tokens, mean of {draws} draws of demonstrations")
+        print(f"  {'over heads or layers':<28}{'median':>8}{'10%':>8}{'90%':>8}")
+        if draws > 1:
+            found["share common to all draws"] = np.array([[common(x, draws).item()] for x in layers])
         for name, values in found.items():
             print(f"  {name:<28}{np.median(values):>8.2f}{np.quantile(values, 0.1):>8.2f}{np.quantile(values, 0.9):>8.2f}")
         draw_approximation(out / "approximation.png", found)
     if "mu" in args.only:
-        n, query = int(batches[0].align[0].sum()), samples[0]
-        ids = batches[0].student.input_ids[0, -n:].tolist()
+        n, query = int(batches[0][0].align[0].sum()), samples[0]
+        ids = batches[0][0].student.input_ids[0, -n:].tolist()
         tokens = [str(processor.tokenizer.id_to_token(i)).replace("<fake_token_around_image>", "<fake>") for i in ids]
         draw_mu(out / "mu.png", layers, [t.replace("\n", "\\n") for t in tokens], slice(0, n), query)
     if "distance" in args.only:
-        found = distances(model, adapters, batches, features)
+        found = distances(model, adapters, [batch[0] for batch in batches], features)
         print(f"mean distance from the {shots}-shot states, after layer " + " ".join(f"{i:>7}" for i in range(len(mimic.vector))))
         for name, values in found.items():
             print(f"  {name:<44}" + " ".join(f"{x:>7.2f}" for x in values))

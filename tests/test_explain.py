@@ -60,8 +60,9 @@ def test_the_true_shift_and_z1_are_what_loops_say(toy):
                 (SA_D, log_z1), (SA, log_z2) = (spec.attend(q[b][5][t], k[b][5 // group], v[b][5 // group], which)
                                                 for which in (shown, own))
                 same(found["true_log_z1"][at, 5], log_z1, atol=1e-5)                  # kept in fp32
-                same(found["true_mu"][at, 5], 1 / (1 + math.exp(log_z2 - log_z1)), atol=1e-5)
-                same(found["true_shift"][at, 5], torch.tensor(SA_D) - torch.tensor(SA), atol=1e-5)
+                mu = 1 / (1 + math.exp(log_z2 - log_z1))
+                same(found["true_mu"][at, 5], mu, atol=1e-5)
+                same(found["true_shift"][at, 5], mu * (torch.tensor(SA_D) - torch.tensor(SA)), atol=1e-5)
                 at += 1
     assert at == len(found["f"]) == batch.align.sum()
 
@@ -72,12 +73,22 @@ def test_an_approximation_that_holds_is_found_to_hold():
     q, weight, v = torch.randn(3, 200, 4), torch.randn(3, 4), torch.randn(3, 4)
     f = torch.einsum("hnd,hd->nh", q, weight)
     mu, added = f.sigmoid(), torch.randn(200, 5)
-    layer = {"q": q, "f": f, "true_log_z1": f, "mu": mu, "true_mu": mu, "true_shift": v.expand(200, -1, -1), "added": added,
+    layer = {"q": q, "f": f, "true_log_z1": f, "mu": mu, "true_mu": mu, "true_shift": mu.unsqueeze(-1) * v, "added": added,
              "true_added": added}
     found = explain.approximation([layer], v[None])
-    constant = found.pop("share, constant shift")
-    assert all(values == pytest.approx(1, abs=1e-4) for values in found.values()) and (constant < 0.95).all()
+    constant = [found.pop(name) for name in ("share, constant shift", "share of a layer, constant")]
+    assert all(values == pytest.approx(1, abs=1e-4) for values in found.values()) and max(c.max() for c in constant) < 0.95
     assert explain.approximation([layer | {"f": -f}], v[None])["correlation, trained f"] == pytest.approx(-1, abs=1e-5)
+
+
+def test_what_is_common_to_all_draws_is_told_from_what_is_not():
+    """Planted: a common part of variance 4 and one of variance 1 that is new in every draw; 4/5, however few draws there are."""
+    g = torch.Generator().manual_seed(0)
+    same_for_all = 2 * torch.randn(2000, 8, generator=g)
+    for n in 2, 5:
+        draws = [same_for_all + torch.randn(2000, 8, generator=g) for _ in range(n)]
+        layers = explain.joined([[[{"true_added": x, "true_power": x.pow(2).sum(-1)}] for x in draws]])
+        assert explain.common(layers[0], n).item() == pytest.approx(0.8, abs=0.01)
 
 
 def test_distances_are_the_mean_norms_of_the_states_differences(toy):
