@@ -80,8 +80,8 @@ def inside(model, rows, features, shifts=None):
 @torch.no_grad()
 def compare(model, mimic, batch, features):
     """Teacher and MimIC on one batch → one dict a layer, tensors over the N tokens of queries and answers, fp32 on the CPU:
-    q (H,N,D), f, mu (N,H) of MimIC; true_log_z1, true_mu (N,H), true_shift (N,H,D) = μ·(SA_D − SA) of the teacher; and behind W_o,
-    all heads together, added and true_added (N,d), what MimIC and the demonstrations add, and true_power (N), its square."""
+    q (H,N,D), f, mu (N,H) of MimIC; true_log_z1, true_mu (N,H), true_shift (N,H,D) = μ·(SA_D − SA) of the teacher; and behind
+    W_o, all heads together, added and true_added (N,d), what MimIC and the demonstrations add, and true_power (N), its square."""
     teacher, student = inside(model, batch.teacher, features), inside(model, batch.student, features, mimic)
     T_q, keep = batch.align.shape[1], batch.align.to(model.device)
     mask = causal_mask(batch.teacher.attention_mask.to(model.device), T_q, model.config.text.sliding_window)
@@ -106,7 +106,7 @@ def compare(model, mimic, batch, features):
 
 def joined(draws):
     """draws: for every batch what `compare` says of it with each of several draws of demonstrations → the same dicts, of all
-    tokens. What is true is the mean over the draws: nothing that is added whatever the demonstrations are can be closer to all."""
+    tokens. What is true is the mean over the draws: nothing that does not know the demonstrations can be closer to all."""
     batches = [[{name: torch.stack([d[layer][name] for d in batch]).mean(0) for name in batch[0][layer]}
                 for layer in range(len(batch[0]))] for batch in draws]
     return [{name: torch.cat([b[layer][name] for b in batches], 1 if name == "q" else 0) for name in batches[0][layer]}
@@ -114,8 +114,8 @@ def joined(draws):
 
 
 def common(x, n):
-    """Share of what demonstrations add to a layer (squares, behind W_o) that does not depend on which they are: ‖mean‖² of n draws,
-    less what n draws leave of the variance, over the mean of ‖·‖².  x: a dict of `joined`, n ≥ 2 → scalar."""
+    """Share of what demonstrations add to a layer (squares, behind W_o) that does not depend on which they are: ‖mean‖² of n
+    draws, less what n draws leave of the variance, over the mean of ‖·‖².  x: a dict of `joined`, n ≥ 2 → scalar."""
     mean, power = x["true_added"].pow(2).sum(), x["true_power"].sum()
     return (mean - (power - mean) / (n - 1)) / power
 
