@@ -36,8 +36,8 @@ from mimic import MimIC
 from model import InputError, Shifts, attention, causal_mask, read_json, split_heads
 
 RUNS = {"runs/toy": [], "runs/toy-live": ["--method", "live", "--compare"],
-        "runs/toy-layerwise": ["--fit", "layerwise", "--compare"]}
-NAMES = {"runs/toy": "MimIC", "runs/toy-live": "LIVE", "runs/toy-layerwise": "MimIC, fitted"}
+        "runs/toy-layerwise-1000": ["--fit", "layerwise", "--compare"]}
+NAMES = {"runs/toy": "MimIC", "runs/toy-live": "LIVE", "runs/toy-layerwise-1000": "MimIC, fitted"}
 WIDTH, DPI = 4.0, 160                 # inches, dots an inch: 640 pixels, with letters that a phone shows at 13 pixels or more
 
 
@@ -396,6 +396,10 @@ def main(argv=None):
             found["share common to all draws"] = np.array([[common(x, draws).item()] for x in layers])
         for name, values in found.items():
             print(f"  {name:<28}{np.median(values):>8.2f}{np.quantile(values, 0.1):>8.2f}{np.quantile(values, 0.9):>8.2f}")
+        for name, values in ("true μ", "true_mu"), ("trained μ̃", "mu"):
+            mu = torch.stack([x[values] for x in layers])
+            low, high = (100 * share.float().mean() for share in (mu < 0.1, mu > 0.9))
+            print(f"  {name}: mean {mu.mean():.2f}, below 0.1 at {low:.0f} % of heads and tokens, above 0.9 at {high:.0f} %")
         draw_approximation(out / "approximation.png", found)
     if "mu" in args.only:
         n, query = int(batches[0][0].align[0].sum()), samples[0]

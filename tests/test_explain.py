@@ -7,10 +7,8 @@ import pytest
 import spec
 import torch
 from grading import same
-from PIL import Image
 
 import explain
-import train
 from data import TEMPLATES, Processor, collate, pick_icds, train_dev
 from features import encode_images, gather
 from fit import is_demonstration
@@ -101,23 +99,6 @@ def test_distances_are_the_mean_norms_of_the_states_differences(toy):
         total += math.sqrt(sum(x * x for x in difference))
     assert found["zero-shot"][layer] == pytest.approx(total / batch.align.sum().item(), rel=1e-5)
     assert found["MimIC"][layer] != pytest.approx(found["zero-shot"][layer], rel=1e-3)
-
-
-def test_every_picture_is_drawn_from_a_run_as_large_as_the_one_in_docs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(REPOSITORY)
-    short = ["--samples", "24", "--dev-samples", "4", "--epochs", "1", "--limit", "12", "--shots", "2"]
-    monkeypatch.setattr(explain, "RUNS", {str(tmp_path / "mimic"): [*short, "--compare", "0", "2", "8"]})
-    mimic, live, out = (str(tmp_path / name) for name in ("mimic", "live", "."))
-    train.main(["--method", "live", *short, "--compare", "--out", live])
-    explain.main(["--run", mimic, "--beside", live, "--queries", "12", "--out", out])
-    printed = capsys.readouterr().out
-    assert f"{tmp_path / 'mimic'}: not there yet" in printed and "R², best linear f" in printed and "live " in printed
-    for name in explain.FIGURES:
-        made, kept = (Image.open(folder / f"{name}.png") for folder in (tmp_path, REPOSITORY / "docs"))
-        assert made.size == kept.size and made.width == 640 and len(made.convert("RGB").getcolors()) > 8, name
-        assert 3_000 < (REPOSITORY / f"docs/{name}.png").stat().st_size < 60_000
-    with pytest.raises(InputError, match="expected a run of --method mimic, found live"):
-        explain.main(["--run", live])
 
 
 def test_what_is_no_run_is_refused(tmp_path):
