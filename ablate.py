@@ -181,7 +181,7 @@ def figure(path, scores):
     for name, every in scores.items():
         method, n = name.rsplit(", ", 1)
         curves.setdefault(method, []).append((int(n), every.mean(), every.mean(1).std()))
-    plt.figure(figsize=(6, 4), dpi=120)
+    plt.figure(figsize=(4, 3.4), dpi=160)
     for method, points in curves.items():
         n, mean, sd = map(np.array, zip(*points, strict=True))
         if len(n) == 1:                             # demonstrations in the prompt: a level, whatever is learnt
@@ -193,7 +193,7 @@ def figure(path, scores):
     plt.xticks(ticks := sorted({n for points in curves.values() for n, *_ in points}), ticks)
     plt.xlabel("training samples")
     plt.ylabel("accuracy in %")
-    plt.legend(loc="center right", fontsize=8)
+    plt.legend(loc="center right", fontsize=8, bbox_to_anchor=(1, 0.4))
     plt.grid(alpha=0.3)
     plt.tight_layout()
     plt.savefig(path)

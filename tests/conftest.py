@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+from collections import Counter
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # threads that spin at barriers are 5 times slower on a busy machine
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 from pathlib import Path
 
+import grading
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +17,39 @@ from safetensors.torch import save_file
 from eval import classes_of
 
 torch.set_num_threads(1)         # the models of the tests are too small for two threads to help
+
+
+def pytest_addoption(parser):
+    parser.addoption("--of", default=None, metavar="FOLDER", help="grade model.py, mimic.py and fit.py of this folder, each "
+                     "function by the tests of its own step: pytest tests/test_[1-5]* --of exercises")
+
+
+def pytest_configure(config):
+    if config.getoption("of"):
+        grading.put_in_place(config.getoption("of"))
+        if config.option.tbstyle == "auto":
+            config.option.tbstyle = "short"
+        if config.option.reportchars == "fE":                   # the default: every failure again, below the lines by step
+            config.option.reportchars = ""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    grading.Now.step = grading.step_of(item.path)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """With --of: a line a step."""
+    if (folder := config.getoption("of")) is None:
+        return
+    passed, failed = (Counter(grading.step_of(r.location[0]) for kind in kinds for r in terminalreporter.getreports(kind))
+                      for kinds in (["passed"], ["failed", "error"]))
+    terminalreporter.section(f"{folder}, step by step")
+    for step, names in grading.STEPS.items():
+        if total := passed[step] + failed[step]:
+            done = "done" if passed[step] == total else f"read exercises/step_{step}.md"
+            what = ", ".join(name.split(".", 1)[1] for name in names)
+            terminalreporter.write_line(f"step {step}, {what}: {passed[step]} of {total} tests pass; {done}")
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from grading import same
 
-from mimic import align_loss
+from mimic import MimIC, Recorder, align_loss
+from model import Shifts, attention, split_heads
 from train import learning_rate
 
 torch.manual_seed(0)
@@ -26,8 +28,17 @@ def by_hand(student, teacher, mask, norm=False):
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_align_loss_is_the_mean_over_layers_tokens_and_d_of_a_sample_then_over_samples(norm):
+    """1/B Σ_b 1/L Σ_ℓ 1/(N_b·d) Σ_kept ‖h_S − h_T‖²;  norm: each term divided by 1/(N_b·d) Σ_kept ‖h_T‖²"""
     student, teacher, mask = states(), states(), torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]).bool()
-    assert align_loss(student, teacher, mask, norm).item() == pytest.approx(by_hand(student, teacher, mask, norm), rel=1e-5)
+    expected, everything = by_hand(student, teacher, mask, norm), torch.ones_like(mask)
+    squares = [((s - t)[mask] ** 2) for s, t in zip(student, teacher, strict=True)]
+    same(align_loss(student, teacher, mask, norm), expected, {
+        "tokens that are not kept count, too": lambda: by_hand(student, teacher, everything, norm),
+        "the sum over layers": lambda: 3 * expected,
+        "the sum over the tokens and d": lambda: torch.stack(squares).sum() / 6,
+        "one mean over the tokens of all samples: a longer one counts more": lambda: torch.stack(squares).mean(),
+        "norm divides by the teacher's mean square": lambda: by_hand(student, teacher, mask),
+        "the norm is the teacher's, not the student's": lambda: by_hand(teacher, student, mask, norm)}, atol=1e-5)
 
 
 def test_align_loss_of_equal_states_is_zero():
@@ -61,6 +72,65 @@ def test_dividing_by_the_teachers_mean_square_gives_every_layer_the_same_say():
 def test_align_loss_is_in_fp32_for_bf16_states():
     student = [x.bfloat16() for x in states()]
     assert align_loss(student, student, torch.ones(2, 5, dtype=torch.bool)).dtype == torch.float32
+
+
+class TrueShift(Shifts):
+    """What demonstrations do at every head, exactly: μ·(SA_D − SA), with K_D and V_D of a pass over the demonstrations alone."""
+
+    def __init__(self, model, demonstrations, layers):
+        self.blocks, self.layers, self.kv = model.text_model.layers, (), []
+        model(demonstrations, torch.ones_like(demonstrations), shifts=self)
+        self.layers = layers
+
+    def after_embedding(self, input_ids, x):
+        self.x = x                                       # what the next layer reads
+        return x
+
+    def after_attention(self, layer, q, k, out, lse):
+        if len(self.kv) == layer:
+            block = self.blocks[layer]
+            self.kv.append((k, split_heads(block.self_attn.v_proj(block.input_layernorm(self.x)), k.shape[1])))
+        if layer not in self.layers:
+            return out
+        SA_D, log_z1 = attention(q, *self.kv[layer])
+        return out + torch.sigmoid(log_z1 - lse).unsqueeze(-1) * (SA_D - out)
+
+    def after_layer(self, layer, hidden_states):
+        self.x = hidden_states
+        return hidden_states
+
+
+def imitate(model, layers):
+    """Largest difference between the teacher's states and those of a student with the true shift in these layers, by layer."""
+    ids = torch.randint(3, 98, (2, 11), generator=torch.Generator().manual_seed(0))
+    positions, teacher = torch.arange(6, 11).expand(2, -1), Recorder(last=5)
+    student = Recorder(TrueShift(model, ids[:, :6], layers))
+    model(ids, torch.ones_like(ids), shifts=teacher)
+    model(ids[:, 6:], torch.ones(2, 5), shifts=student, position_ids=positions)
+    return [(s - t).abs().max().item() for s, t in zip(student.layer, teacher.layer, strict=True)]
+
+
+def test_with_the_true_shift_in_every_layer_the_student_has_the_teachers_states(model):
+    """The identity, from the embeddings to the last layer: L_align can reach 0, and what reaches it is in-context learning."""
+    assert max(imitate(model, layers=(0, 1, 2))) < 1e-11
+
+
+def test_one_layer_without_its_shift_leads_all_layers_above_astray(model):
+    """Right below it, wrong from it on, although every other layer adds what is right for the query it is given."""
+    first, second, third = imitate(model, layers=(0, 2))
+    assert first < 1e-11 and second > 0.01 and third > 0.01
+
+
+def test_the_error_of_a_layer_teaches_that_layer_and_those_below(model):
+    """So an error at the last layer alone blames all of them at once; one a layer tells each what it has to add."""
+    ids, teacher = torch.randint(3, 98, (2, 9), generator=torch.Generator().manual_seed(0)), Recorder(last=5)
+    model(ids, torch.ones_like(ids), shifts=teacher)
+    for layer in range(3):
+        mimic = MimIC(3, 4, 16).double()
+        student = Recorder(mimic)
+        model(ids[:, 4:], torch.ones(2, 5), shifts=student)
+        align_loss(student.layer[layer:layer + 1], teacher.layer[layer:layer + 1], torch.ones(2, 5)).backward()
+        assert [bool(g.abs().max() > 0) for g in mimic.vector.grad] == [n <= layer for n in range(3)]
 
 
 def test_learning_rate_rises_for_a_tenth_of_the_steps_and_falls_to_zero():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import with_pictures
+from grading import same
 
 import fit
 from data import Batch, Rows
@@ -111,27 +112,61 @@ def test_the_target_is_what_makes_the_students_stream_the_teachers(model):
 # ---------------------------------------------------------------------------------------------------------------------
 # One layer's regression
 # ---------------------------------------------------------------------------------------------------------------------
+def ridge_regression(q, log_z1, ridge, centre=True):
+    """numpy: weight (H,D) and bias (H); the ridge as D more rows, on centred columns."""
+    found = []
+    for X, z in zip(q.numpy(), log_z1.T.numpy(), strict=True):
+        means = (X.mean(0), z.mean()) if centre else (0 * X[0], 0.0)
+        rows = np.vstack([X - means[0], np.sqrt(ridge * len(X)) * np.eye(X.shape[1])])
+        weight = np.linalg.lstsq(rows, np.concatenate([z - means[1], np.zeros(X.shape[1])]), rcond=None)[0]
+        found.append((weight, means[1] - means[0] @ weight))
+    return [torch.tensor(np.array(x)) for x in zip(*found, strict=True)]
+
+
 def test_f_starts_as_the_ridge_regression_of_log_z1_on_q_and_1():
+    """argmin 1/N Σ_n (weight·q_n + bias − log Z1_n)² + ridge·‖weight‖²"""
     q, log_z1, *_ = planted()
-    weight, bias = fit.start_f(q, log_z1, ridge=0.3)
-    for h in range(3):                                     # numpy: the same ridge as 4 more rows, on centred columns
-        X, z = q[h].numpy(), log_z1[:, h].numpy()
-        rows = np.vstack([X - X.mean(0), np.sqrt(0.3 * len(X)) * np.eye(4)])
-        expected = np.linalg.lstsq(rows, np.concatenate([z - z.mean(), np.zeros(4)]), rcond=None)[0]
-        np.testing.assert_allclose(weight[h].numpy(), expected, atol=1e-10)
-        assert bias[h].item() == pytest.approx(z.mean() - X.mean(0) @ expected, abs=1e-10)
+    q = q + 1
+    expected = ridge_regression(q, log_z1, 0.3)
+    for i, found in enumerate(fit.start_f(q, log_z1, ridge=0.3)):
+        same(found, expected[i], {
+            "no ridge": lambda i=i: ridge_regression(q, log_z1, 0)[i],
+            "the ridge is not multiplied by N, though QᵀQ is a sum": lambda i=i: ridge_regression(q, log_z1, 0.3 / 400)[i],
+            "no bias: q and log Z1 are not centred": lambda i=i: ridge_regression(q, log_z1, 0.3, False)[i],
+            "the bias is mean log Z1 − weight·mean q": lambda: log_z1.mean(0)}, atol=1e-10)
+
+
+def noisy():
+    """μ̃ (N,H) of planted f, and a Δ (N,d) that no v explains wholly; W_o (d,H,D)."""
+    q, _, log_z2, delta, w_o, (weight, bias, _) = planted()
+    delta = delta + torch.randn(delta.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return mixing_weight(torch.einsum("hnd,hd->nh", q, weight) + bias, log_z2), delta, w_o
+
+
+def least_squares(mu, delta, w_o):
+    """numpy: v (H,D), by the (N·d, H·D) matrix that fit.py never makes, and the share of Δ's squares that is left."""
+    design, target = np.einsum("nh,dhi->ndhi", mu, w_o).reshape(delta.numel(), -1), delta.numpy().reshape(-1)
+    v = np.linalg.lstsq(design, target, rcond=None)[0]
+    return torch.tensor(v).view(w_o.shape[1:]), ((design @ v - target) ** 2).sum() / (target ** 2).sum()
 
 
 def test_v_is_the_least_squares_solution_over_all_heads_at_once():
-    q, _, log_z2, delta, w_o, (weight, bias, _) = planted()
-    delta = delta + torch.randn(delta.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    mu = mixing_weight(torch.einsum("hnd,hd->nh", q, weight) + bias, log_z2)
+    """argmin_v Σ_n ‖Σ_h μ̃_nh W_o^h v_h − Δ_n‖²"""
+    mu, delta, w_o = noisy()
     v = fit.best_v(mu, delta, w_o, fit.normal_o(w_o), ridge=0)
-    design = np.einsum("nh,dhi->ndhi", mu.numpy(), w_o.numpy()).reshape(-1, 12)            # (N·d, H·D), never made in fit.py
-    expected = np.linalg.lstsq(design, delta.numpy().reshape(-1), rcond=None)[0]
-    np.testing.assert_allclose(v.numpy().reshape(-1), expected, atol=1e-8)
-    left = ((design @ expected - delta.numpy().reshape(-1)) ** 2).sum() / (delta.numpy() ** 2).sum()
-    assert fit.unexplained(mu, v, delta, w_o).item() == pytest.approx(left, abs=1e-10)
+    same(v, least_squares(mu, delta, w_o)[0], {
+        "every head by itself: together they add everything H times": lambda: torch.cat(
+            [least_squares(mu[:, h:h + 1], delta, w_o[:, h:h + 1])[0] for h in range(3)])}, atol=1e-8)
+
+
+def test_unexplained_is_the_share_of_the_targets_squares_that_is_left():
+    """Σ_n ‖Σ_h μ̃_nh W_o^h v_h − Δ_n‖² / Σ_n ‖Δ_n‖²: 0 is perfect, 1 is what v = 0 leaves"""
+    mu, delta, w_o = noisy()
+    v, left = least_squares(mu, delta, w_o)
+    same(fit.unexplained(mu, v, delta, w_o), left, {
+        "the explained share": lambda: 1 - left, "not squared": lambda: left ** 0.5,
+        "not divided by the squares of Δ": lambda: left * (delta ** 2).sum()}, atol=1e-10)
+    same(fit.unexplained(mu, 0 * v, delta, w_o), 1)
 
 
 def test_planted_f_and_v_are_found_again_when_the_model_is_exact():
