@@ -503,6 +503,7 @@ def main(argv=None):
     args.epochs = args.epochs or next(n or classes_of(args.model)[0].epochs for most, n in EPOCHS if len(samples) <= most)
     demonstrations(args, samples, samples[:args.batch_size], 0)           # too few samples? say it before the long work
     if is_finished(args):
+        delete_unfinished(Path(args.out))                      # a kill came in between
         rows = read_rows(Path(args.out) / "results.json")
         print(f"{args.out}: already finished\n\n" + table(rows))
         return rows
