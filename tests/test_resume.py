@@ -129,12 +129,12 @@ def test_training_killed_at_random_moments_ends_with_the_same_bytes(command, tmp
 
 
 def test_evaluation_killed_at_random_moments_ends_with_the_same_predictions(command, tmp_path):
-    words, r = [*SMALL, "--limit", "100", "--shots", "2"], random.Random(1)
+    words, r = [*SMALL, "--limit", "60", "--shots", "2"], random.Random(1)
     began = time.perf_counter()
     assert command("eval.py", [*words, "--out", tmp_path / "whole"])[0] == 0
     seconds, expected = time.perf_counter() - began, outcome(tmp_path / "whole")
-    assert len(expected["predictions.jsonl"].splitlines()) == 100
-    kills = killed_often(command, "eval.py", words, tmp_path, expected, 20, lambda: r.uniform(0.02, 0.45 * seconds))
+    assert len(expected["predictions.jsonl"].splitlines()) == 60
+    kills = killed_often(command, "eval.py", words, tmp_path, expected, 20, lambda: r.uniform(0.02, 0.4 * seconds))
     print(f"evaluation of {seconds:.1f} s: {sum(kills)} kills, each time the same {len(expected['predictions.jsonl'])} bytes")
 
 
