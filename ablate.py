@@ -120,7 +120,8 @@ GROUPS = {                                          # group → row → options 
 def run(dataset, options, task, seed, out):
     """One run, unless it is there → its row of results.json."""
     if not (out / "results.json").exists():
-        common = ["--dataset", dataset, "--task", str(task), "--seed", str(seed), "--out", str(out), "--eval-batch-size", "64"]
+        common = ["--dataset", dataset, "--task", str(task), "--seed", str(seed), "--out", str(out), "--eval-batch-size", "64",
+                  "--resume"]
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             if options[:1] == ["eval"]:
                 evaluation.main([*common, *options[1:]])
@@ -209,6 +210,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default 0 1 2)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
     parser.add_argument("--out", default="runs/ablation", metavar="FOLDER", help="(default %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="(it goes on without being told to, too)")
     parser.add_argument("--figure", default=None, metavar="PNG", help="group samples: draws the curves (needs matplotlib)")
     args = parser.parse_args(argv)
     if unknown := set(args.only or ()) - set(GROUPS[args.group]):

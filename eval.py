@@ -18,6 +18,8 @@ consists of. A task or function vector is written beside them, RICES' image vect
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import sys
 import time
@@ -38,8 +40,11 @@ from features import encode_images, gather, sees_alike
 from idefics1 import Idefics1, Idefics1Processor
 from metrics import cider, vqa_accuracy  # noqa: F401 (from eval import cider, vqa_accuracy)
 from mimic import MimIC
-from model import Idefics2, InputError, Shifts, read_json
+from model import Idefics2, InputError, Shifts, read_json, written_whole
+from parallel import gather as together
+from parallel import join, leave, rank, share, wait, world
 from results import further_scores, official_name, official_records, score, score_file, write_atomically
+from resume import command_to_go_on
 
 ADAPTERS = {"mimic": MimIC, "live": LIVE, "lora": LoRA, "hificl": HiFICL, "stave": STAVE,
             "prompt-tuning": PromptTuning}       # trained by train.py; a run's file is <method>.safetensors
@@ -91,41 +96,62 @@ def first_line(text, stop):
 
 @torch.no_grad()
 def answer(model, processor, dataset, queries, pool=(), shots=0, shifts=None, seed=0, features=None, template=None, num_beams=3,
-           length_penalty=0.0, batch_size=16, progress=None, pick=pick_icds):
+           length_penalty=0.0, batch_size=16, progress=None, pick=pick_icds, done=(), keep=lambda record: None):
     """Generated answers for the queries, each behind `shots` ICDs drawn from `pool` → list[str], {prompt_tokens, ms_per_query}.
 
     pick(pool, query, shots, seed) draws them. features: image features to use and add to (those of the pool stay in it, if it is
     not a large one). ms_per_query is prefill and decoding, images already encoded, in milliseconds; prompt_tokens the mean number
-    of tokens of a prompt, image tokens included."""
+    of tokens of a prompt, image tokens included. keep(record) is called after every batch, with what `done`, a list of such
+    records, spares the next call. Under torchrun each process does its share of the batches, and all get all answers."""
     task = DATASETS[dataset]
     shifts = shifts if shifts is not None else Shifts()
     template = shifts.template(template or processor.templates[task.task])
     base, model = model, shifts.student(model)
     features = features if features is not None and sees_alike(base, model) else {}
-    answers, tokens, seconds = [""] * len(queries), 0, 0.0
-    with tqdm(total=len(queries), desc=progress, unit="query", disable=not progress) as bar:
+    records = {tuple(record["queries"]): record for record in done}
+    with tqdm(total=len(queries), desc=progress, unit="query", disable=not progress or rank() > 0) as bar:
         for block in range(0, len(queries), 512):                # images of 512 queries are in memory at a time
-            wanted = list(range(block, min(block + 512, len(queries))))
+            wanted = sorted(range(block, min(block + 512, len(queries))),
+                            key=lambda i: len(queries[i].question or ""))          # rows of like length: little padding
+            batches = [wanted[i:i + batch_size] for i in range(0, len(wanted), batch_size)]
+            bar.update(sum(len(batch) for batch in batches if tuple(batch) in records))
+            batches = [batch for batch in share(batches) if tuple(batch) not in records]
+            wanted = [i for batch in batches for i in batch]
             icds = {i: pick(pool, queries[i], shots, f"{seed}-{queries[i].id}") for i in wanted}
             kept = set(features) | {s.image_id for d in icds.values() for s in d if len(pool) <= POOL_IN_MEMORY}
             encode_images(model, processor, [s for i in wanted for s in (*icds[i], queries[i])], features)
-            wanted.sort(key=lambda i: len(queries[i].question or ""))              # rows of like length: little padding
-            for start in range(0, len(wanted), batch_size):
-                batch = wanted[start:start + batch_size]
+            for batch in batches:
                 rows = prompts([queries[i] for i in batch], [icds[i] for i in batch], processor, template)
                 began = clock(model.device)
-                ids = model.generate(
-                    rows.input_ids.to(model.device), rows.attention_mask.to(model.device), gather(features, rows.samples),
-                    task.max_new_tokens, num_beams, length_penalty, shifts,
-                    end_ids=[] if template.separator else [processor.newline_id], banned_ids=processor.image_ids)
-                seconds += clock(model.device) - began
-                tokens += int(rows.attention_mask.sum())
-                for i, row in zip(batch, ids.tolist(), strict=True):
-                    answers[i] = first_line(processor.decode(row), template.stop)
-                bar.update(len(batch))
+                with fits_into_memory("--eval-batch-size", batch_size):
+                    ids = model.generate(
+                        rows.input_ids.to(model.device), rows.attention_mask.to(model.device), gather(features, rows.samples),
+                        task.max_new_tokens, num_beams, length_penalty, shifts,
+                        end_ids=[] if template.separator else [processor.newline_id], banned_ids=processor.image_ids)
+                record = {"queries": batch, "answers": [first_line(processor.decode(row), template.stop) for row in ids.tolist()],
+                          "tokens": int(rows.attention_mask.sum()), "seconds": clock(model.device) - began}
+                keep(record)
+                records[tuple(batch)] = record
+                bar.update(len(batch) * world())
             for image_id in set(features) - kept:
                 del features[image_id]
-    return answers, {"prompt_tokens": round(tokens / len(queries), 1), "ms_per_query": round(1000 * seconds / len(queries), 2)}
+    records = {tuple(r["queries"]): r for part in together(list(records.values())) for r in part}.values()
+    answers = dict(pair for r in records for pair in zip(r["queries"], r["answers"], strict=True))
+    tokens, seconds = (sum(r[key] for r in records) / len(queries) for key in ("tokens", "seconds"))
+    cost = {"prompt_tokens": round(tokens, 1), "ms_per_query": round(1000 * seconds, 2)}
+    return [answers[i] for i in range(len(queries))], cost
+
+
+@contextlib.contextmanager
+def fits_into_memory(option, size, more=""):
+    """What is done with `size` queries at a time: if the memory is too small for it, InputError says which option to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:                 # the CPU's allocator has no error of its own
+        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(e):
+            raise
+        hint = f"try {option} {size // 2}{more}" if size > 1 else "there is no smaller one"
+        raise InputError(f"{option} {size}: expected it to fit into the memory, found that it does not; {hint}") from None
 
 
 def clock(device):
@@ -143,37 +169,110 @@ def read_lines(path):
     return [line for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
 
 
+def make_folder(path):
+    """The folder, and those above it. Raises InputError if it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{path}: expected a folder that can be written, found: {e.strerror}") from None
+
+
+def read_rows(path):
+    """The rows of a results.json, none if it is not there. Raises InputError if it is something else."""
+    rows = read_json(path) if path.exists() else []
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and all(k in r for k in SAME) for r in rows):
+        raise InputError(f"{path}: expected a list of rows with {', '.join(SAME)}, found something else")
+    return rows
+
+
+def read_predictions(path):
+    """The objects of a predictions.jsonl. Raises InputError, with the line, if one is none."""
+    found = []
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            found.append(json.loads(line))
+            found[-1]["dataset"]
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f"{path}: expected a prediction in line {number}, found {line[:60]!r}") from None
+    return found
+
+
+def kept_answers(folder, row, settings, resume):
+    """→ the batches that were answered before (`answer`'s done), and what keeps one more (its keep).
+
+    folder/answers has a file for every row, settings (a dict, whatever the answers depend on) and process, with a line for every
+    batch: a crash loses at most the line that was being written. Without resume what is there is deleted."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    name, done = official_name(row).replace("results.json", digest), []
+    make_folder(folder / "answers")
+    files, mine = sorted((folder / "answers").glob(f"{name}-*.jsonl")), folder / f"answers/{name}-{rank()}.jsonl"
+    for path in files if resume else ():
+        *lines, torn = path.read_text(encoding="utf-8").split("\n")
+        try:
+            records = [json.loads(line) for line in lines]
+            if any(len(r["answers"]) != len(r["queries"]) or r["tokens"] + r["seconds"] < 0 for r in records):
+                raise ValueError
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f"{path}: expected answers to go on from, found something else; delete it") from None
+        done += records
+        if torn and path == mine:
+            with written_whole(path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    wait()                                                     # nobody writes before all have read
+    if rank() == 0 and not resume:
+        for path in files:
+            path.unlink()
+    wait()
+
+    def keep(record):
+        try:
+            with open(mine, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError as e:
+            raise InputError(f"{mine}: expected room for the answers, found: {e.strerror}") from None
+
+    return done, keep
+
+
 SAME = ("dataset", "split", "method", "shots", "n", "seed")            # a new row takes the place of one that agrees in these
 
 
 def add_results(folder, row, samples, answers, each):
     """Adds a row to results.json and its predictions to predictions.jsonl, in the place of older ones of the same kind."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     results, predictions = folder / "results.json", folder / "predictions.jsonl"
 
     def other(r):
         return any(r.get(k) != row[k] for k in SAME)
 
-    rows = [r for r in (read_json(results) if results.exists() else []) if other(r)]
-    lines = [x for x in read_lines(predictions) if other(json.loads(x))]
+    rows = [r for r in read_rows(results) if other(r)]
+    lines = [json.dumps(x, ensure_ascii=False) for x in read_predictions(predictions) if other(x)]
     kind = {k: row[k] for k in SAME}
     lines += [json.dumps({**kind, "id": s.id, "image_id": s.image_id, "question": s.question, "prediction": a,
                           "answers": s.answers, "score": x}, ensure_ascii=False)
               for s, a, x in zip(samples, answers, each, strict=True)]
-    write_atomically(results, json.dumps([*rows, row], indent=1) + "\n")
     write_atomically(predictions, "\n".join(lines) + "\n")
+    write_atomically(results, json.dumps([*rows, row], indent=1) + "\n")                # last: a row says that it is done
 
 
 def evaluate(folder, model, processor, dataset, split, samples, method, shots=0, shifts=None, seed=0, parameters=0,
-             train_seconds=0, test_best=None, root=None, **options):
-    """Answers, scores and writes one method on one split → the row. options as `answer`; test_best: written if there is one."""
-    answers, cost = answer(model, processor, dataset, samples, shots=shots, shifts=shifts, seed=seed,
-                           progress=f"{method}{f' {shots}-shot' if shots else ''}", **options)
-    total, each = score(dataset, samples, answers, root)
+             train_seconds=0, test_best=None, root=None, settings=None, resume=False, **options):
+    """Answers, scores and writes one method on one split → the row. options as `answer`; test_best: written if there is one.
+
+    settings: what the answers depend on. If given, they are kept batch by batch; resume: those that are there are not made
+    again."""
     row = {"dataset": dataset, "split": split, "method": method, "shots": shots, "metric": DATASETS[dataset].metric,
-           "score": total, "n": len(samples), "seed": seed, "parameters": parameters, **cost, "train_seconds": train_seconds,
-           **({} if test_best is None else {"test_best": test_best}), **further_scores(dataset, samples, answers, root)}
+           "score": None, "n": len(samples), "seed": seed, "parameters": parameters}
+    name = f"{method}{f' {shots}-shot' if shots else ''}"
+    if settings is not None:
+        options["done"], options["keep"] = kept_answers(Path(folder), row, settings, resume)
+        if sum(len(r["queries"]) for r in options["done"]) == len(samples):
+            print(f"{name}: all {len(samples)} answers are there already")
+    answers, cost = answer(model, processor, dataset, samples, shots=shots, shifts=shifts, seed=seed, progress=name, **options)
+    total, each = score(dataset, samples, answers, root)
+    row |= {"score": total, **cost, "train_seconds": train_seconds,
+            **({} if test_best is None else {"test_best": test_best}), **further_scores(dataset, samples, answers, root)}
     add_results(folder, row, samples, answers, each)
     if not dataset.startswith("toy"):
         write_atomically(Path(folder) / official_name(row), json.dumps(official_records(dataset, samples, answers)) + "\n")
@@ -220,6 +319,8 @@ def add_common_arguments(parser):
     generation.add_argument("--eval-batch-size", type=int, default=16, help="queries at a time (default %(default)s)")
     run = parser.add_argument_group("run")
     run.add_argument("--out", default=None, metavar="FOLDER", help="the run's folder (default runs/DATASET…)")
+    run.add_argument("--resume", action="store_true",
+                     help="go on where the same command was interrupted or killed; the result is the same, to the bit on a CPU")
     return run
 
 
@@ -257,14 +358,18 @@ def nearest(args, model, processor, pool, queries, folder):
     return rices.Nearest(pool, vectors, args.order)
 
 
-def make_vector(args, model, processor, pool, dev, shots, folder):
+def make_vector(args, model, processor, pool, dev, shots, folder, settings):
     """A task or function vector, its layer chosen on dev, written to METHOD.safetensors → options of `evaluate`."""
     began, features, options = time.perf_counter(), {}, generation_options(args, processor)
     if not dev:
         raise InputError(f"--method {args.method}: expected dev samples to choose the layer with, found none")
 
     def dev_score(shifts):
-        answers, _ = answer(model, processor, args.dataset, dev, shifts=shifts, features=features, **options)
+        row = {"dataset": args.dataset, "split": "dev", "method": f"{args.method}-layer{shifts.layer}", "shots": shots,
+               "n": len(dev), "seed": args.seed}
+        done, keep = kept_answers(folder, row, settings, args.resume)
+        answers, _ = answer(model, processor, args.dataset, dev, shifts=shifts, features=features, done=done, keep=keep,
+                            **options)
         return score(args.dataset, dev, answers, args.data)[0]
 
     encode_images(model, processor, [*pool, *dev], features, "encode images")
@@ -300,7 +405,8 @@ def main(argv=None):
                      help="with --score of captions: lines `node, synonym, …`; adds CHAIRs, CHAIRi and recall")
     args = parser.parse_args(argv)
     if args.table:
-        if differ := [k for k, v in vars(args).items() if v != parser.get_default(k) and k not in ("table", "out", "task")]:
+        free = ("table", "out", "task", "resume")
+        if differ := [k for k, v in vars(args).items() if v != parser.get_default(k) and k not in free]:
             raise InputError(f"--table: expected --out and --task beside it, found --{differ[0].replace('_', '-')}")
         from ablate import compare  # here, because it imports this module
         return compare(args.out or "runs/table", [args.task])
@@ -329,18 +435,22 @@ def main(argv=None):
     kind = classes_of(args.model)[0]
     default = kind.shots if SHOTS[args.method] is None else SHOTS[args.method]
     shots = args.restore_shots or 0 if args.run else default if args.shots is None else args.shots
-    model, processor = load_model(args.model, args.device, args.dtype,
+    device = join(args.device)
+    model, processor = load_model(args.model, device, args.dtype,
                                   lambda config, _: memory.check(args, config, 0, (shots,), kind=kind))
     split = args.split or DATASETS[args.dataset].eval_split
     queries = load(args.dataset, args.data, split, args.task)[:args.limit]
     options, folder = generation_options(args, processor), Path(args.out or args.run or f"runs/{args.dataset}-{args.method}")
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "run", "resume", "score", "chair", "table")}
+    options |= {"settings": settings, "resume": args.resume}
     if args.run:
         method = saved["method"]
-        adapter = ADAPTERS[method].load(Path(args.run) / f"{method}.safetensors").to(args.device)
-        check_fits(adapter, model, args.run)
+        path = Path(args.run) / f"{method}.safetensors"
+        adapter = ADAPTERS[method].load(path).to(device)
+        check_fits(adapter, model, path)
+        settings["adapter"] = hashlib.sha256(path.read_bytes()).hexdigest()
         options |= {"shifts": adapter, "parameters": count(adapter)}
-        old = Path(args.run) / "results.json"
-        trained = [r["train_seconds"] for r in (read_json(old) if old.exists() else []) if r["method"] == method]
+        trained = [r["train_seconds"] for r in read_rows(Path(args.run) / "results.json") if r["method"] == method]
         options["train_seconds"] = trained[0] if trained else 0
     else:
         method = args.method
@@ -349,9 +459,9 @@ def main(argv=None):
         shots = max(least, min(shots, len(pool) - 1))          # few training samples: shorter prompts
     if shots:
         pick_icds(pool, pool[0], shots, "")                    # too few even so? say it before the long work
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if method in VECTORS:
-        options |= make_vector(args, model, processor, pool, dev, shots, folder)
+        options |= make_vector(args, model, processor, pool, dev, shots, folder, settings)
         shots = 0
     elif method == "rices":
         options["pick"] = nearest(args, model, processor, pool, queries, folder)
@@ -386,9 +496,14 @@ def run_command(main):
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except OSError as e:
+        print(f"error: {e.filename or 'a file'}: expected to read or write it, found: {e.strerror or e}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if rank() == 0:
+            print(f"interrupted; this goes on:\n    {command_to_go_on()}", file=sys.stderr)
         sys.exit(130)
+    leave()
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def check_picture(path):
         found = open_image(path).format
     except InputError as e:
         raise Broken(f"no complete JPEG ({e})") from None
-    if found != "JPEG":
+    if found not in ("JPEG", "MPO"):               # a camera's JPEG with a preview behind the picture
         raise Broken(f"no JPEG but {found}")
 
 
@@ -226,6 +226,7 @@ def main(words):
     parser.add_argument("--chair", action="store_true", help="coco: the instances and captions of CHAIR, too (one large zip)")
     parser.add_argument("--threads", type=int, default=8, help="files at a time (default %(default)s)")
     parser.add_argument("--mirror", default=None, metavar="URL", help="get URL/HOST/PATH in the place of http(s)://HOST/PATH")
+    parser.add_argument("--resume", action="store_true", help="(it goes on without being told to, too)")
     parser.add_argument("--list", action="store_true", help="print addresses and files instead")
     args = parser.parse_args(words)
     for name, least in {"samples": 1, "dev_samples": 0, "limit": 1, "threads": 1}.items():

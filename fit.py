@@ -19,13 +19,13 @@ through their mean, which is all that least squares sees of them. Letters as in 
 """
 import json
 import shutil
+import time
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from mimic import MimIC, mixing_weight
+from mimic import MimIC, mixing_weight, read_adapter
 from model import InputError, KVCache, Shifts, attention, causal_mask, merge_heads, rope
 
 
@@ -236,11 +236,11 @@ def fit(model, mimic, chunks, kept, on_disk, embed, folder, pictures=None):
     in folder/states, as bf16. After each layer the adapter is written to folder/fit.safetensors; a fit that finds one there
     goes on behind its last layer."""
     text, text_model, path, shares = model.config.text, model.text_model, folder / "fit.safetensors", []
+    began = time.perf_counter() - seconds_of(folder)
     L, H, D, d, dtype = text.num_hidden_layers, text.num_attention_heads, text.head_dim, text.hidden_size, mimic.vector.dtype
     if path.exists():
         mimic.load_state_dict(MimIC.load(path).state_dict())
-        with safe_open(path, "pt") as file:
-            shares = json.loads(file.metadata()["shares"])
+        shares = shares_in(path, text.num_hidden_layers)
     done = len(shares)
     if done == L:
         return shares
@@ -276,13 +276,30 @@ def fit(model, mimic, chunks, kept, on_disk, embed, folder, pictures=None):
                 bar.update()
             if layer >= done:                                                # 4. start and 5. refine
                 shares.append(fit_layer(mimic, layer, q, log_z1, log_z2, delta, w_o.to(dtype).view(d, H, D))[1])
-                mimic.save(path, shares=json.dumps(shares))
+                mimic.save(path, shares=json.dumps(shares), seconds=time.perf_counter() - began)
                 bar.set_postfix(explained=" ".join(f"{x:.2f}" for x in shares[-6:]))
             for c, draws in enumerate(chunks if layer + 1 < L else ()):      # 6. advance
                 x = advance(model, layer, states.get(f"student-{c}", w_o), draws[0].student, mimic)
                 put(f"student-{c}", layer + 1, x, draws[0].student)
     shutil.rmtree(folder / "states", ignore_errors=True)
     return shares
+
+
+def shares_in(path, n_layers):
+    """What each fitted layer of a fit.safetensors explains. Raises InputError."""
+    try:
+        shares = json.loads(read_adapter(path, "MimIC")[1].get("shares", ""))
+        if len(shares) <= n_layers and all(isinstance(x, float) for x in shares):
+            return shares
+    except (ValueError, TypeError):
+        pass
+    raise InputError(f"{path}: expected a fit to go on with, with its shares, found none; delete it to start anew")
+
+
+def seconds_of(folder):
+    """What the fit that goes on from the folder's fit.safetensors, if it is there, has taken so far."""
+    path = folder / "fit.safetensors"
+    return float(read_adapter(path, "MimIC")[1].get("seconds", 0)) if path.exists() else 0.0
 
 
 def is_demonstration(batch):

@@ -14,14 +14,13 @@ Tensors in, tensors out. Letters: B batch, H heads, T query tokens, S keys, D he
 the values; the paper's bold v is `vector`.
 """
 
-import os
-
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from model import InputError, Shifts, attention
+from model import InputError, Shifts, attention, written_whole
+from parallel import rank
 
 
 def mixing_weight(log_z1, log_z2):
@@ -106,27 +105,42 @@ class MimIC(nn.Module, Shifts):
         expected = {"vector": (L, H, D), "f_weight": (L, H, D), "f_bias": (L, H)}
         if shapes != expected:
             raise InputError(f"{path}: expected a MimIC adapter with vector, f_weight (L,H,D) and f_bias (L,H), found {shapes}")
-        mimic = cls(L, H, D, about.get("z2", "masked"), about.get("mu_of", "head"))
+        options = about.get("z2", "masked"), about.get("mu_of", "head")
+        if options[0] not in ("masked", "unmasked") or options[1] not in ("head", "layer", "one"):
+            raise InputError(f"{path}: expected z2 masked or unmasked and mu_of head, layer or one, found {options}")
+        mimic = cls(L, H, D, *options)
         mimic.load_state_dict(tensors)
         return mimic
 
 
 def read_adapter(path, what):
-    """The tensors and the metadata of an adapter file. Raises InputError, naming `what` was expected, if it is no safetensors."""
+    """The tensors and the metadata of an adapter file. Raises InputError, naming `what` was expected, if it is something else."""
+    return read_whole(path, f"a {what} adapter")
+
+
+def read_whole(path, what, dtypes=(torch.float32,)):
+    """The tensors and the metadata of a file that `save_atomically` wrote. Raises InputError, naming `what` was expected, if it
+    is no safetensors, has numbers of other types, or such as are not finite."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except FileNotFoundError:
-        raise InputError(f"{path}: expected a {what} adapter, found nothing") from None
+        raise InputError(f"{path}: expected {what}, found nothing") from None
     except (SafetensorError, OSError) as e:
-        raise InputError(f"{path}: expected a {what} adapter in safetensors, found: {e}") from None
+        raise InputError(f"{path}: expected {what} in safetensors, found: {e}") from None
+    for name, x in tensors.items():
+        if x.dtype not in dtypes:
+            raise InputError(f"{path}: expected {what} of {' or '.join(map(str, dtypes))}, found {name} of {x.dtype}")
+        if not x.isfinite().all():
+            raise InputError(f"{path}: expected {what} of finite numbers, found {name} with NaN or infinity")
+    return tensors, about
 
 
 def save_atomically(tensors, path, metadata):
-    """Safetensors under a temporary name, then renamed: a crash leaves the older file whole."""
-    temporary = f"{path}.tmp"
-    save_file({k: x.detach().cpu().contiguous() for k, x in tensors.items()}, temporary, metadata)
-    os.replace(temporary, path)
+    """Safetensors, the whole file or none: `model.written_whole`. Of many processes the first one writes."""
+    if rank() == 0:
+        with written_whole(path) as temporary:
+            temporary.write_bytes(save({k: x.detach().cpu().contiguous() for k, x in tensors.items()}, metadata))
 
 
 class Recorder(Shifts):

@@ -11,8 +11,10 @@ References: Laurençon et al. 2024 (Idefics2), Jiang et al. 2023 (Mistral), Dehg
 behaviour is that of transformers' Idefics2ForConditionalGeneration, which the tests take as the judge.
 """
 
+import contextlib
 import json
 import math
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -34,8 +36,24 @@ def read_json(path):
         raise InputError(f"{path}: expected a JSON file, found nothing") from None
     except OSError as e:
         raise InputError(f"{path}: expected a readable JSON file: {e.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:             # of json, of the encoding, or of a number of thousands of digits
         raise InputError(f"{path}: expected complete JSON, found: {e}") from None
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """→ a temporary name to write to, which becomes `path` once all of it is on the disk: a crash leaves the older file whole.
+    Raises InputError, and leaves nothing behind, if the disk is full or the folder not to be written to."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: expected a file that can be written, found: {getattr(e, 'strerror', None) or e}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

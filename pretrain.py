@@ -38,6 +38,7 @@ from tqdm import tqdm
 import toy
 from data import DATASETS, TEMPLATES, Processor, Sample, left_pad, prompts, render
 from model import Config, Idefics2, InputError, Shifts
+from resume import command_to_go_on, load_state, read_state, save_state
 
 E, SHOTS = 9, (0, 1, 2, 4, 8)                            # examples an episode; shots of the table
 SPECIAL_FIRST, SPECIAL_LAST = ("<unk>", "<s>", "</s>"), ("<fake_token_around_image>", "<image>")
@@ -196,31 +197,29 @@ class State:
 
     def __init__(self, path, settings):
         self.path, self.settings, self.seconds, self.log = path, settings, 0.0, []
-        self.stage, self.step, self.tensors, self.started = "vision", 0, {}, time.time()
+        self.stage, self.step, self.model, self.started = "vision", 0, {}, time.time()
         if path.exists():
-            found = torch.load(path, weights_only=True)
-            if found["settings"] != settings:
-                raise InputError(f"{path}: expected the state of {settings}, found {found['settings']}: "
+            self.model, _, found = read_state(path)
+            if found.get("settings") != settings:
+                raise InputError(f"{path}: expected the state of {settings}, found {found.get('settings')}: "
                                  "remove it, or use another --out")
-            for name in ("stage", "step", "tensors", "seconds", "log"):
+            for name in ("stage", "step", "seconds", "log"):
                 setattr(self, name, found[name])
 
     def minutes(self):
         return (self.seconds + time.time() - self.started) / 60
 
-    def save(self, stage, step, **tensors):
-        """tensors: state dicts by name."""
-        self.stage, self.step, self.tensors = stage, step, tensors
-        whole = {name: getattr(self, name) for name in ("stage", "step", "tensors", "settings", "log")}
-        temporary = self.path.with_suffix(".tmp")
-        torch.save(whole | {"seconds": self.minutes() * 60}, temporary)
-        temporary.replace(self.path)
+    def save(self, stage, step, model, optimizer=None):
+        """model: a state dict."""
+        self.stage, self.step, self.model = stage, step, model
+        numbers = {name: getattr(self, name) for name in ("stage", "step", "settings", "log")}
+        save_state(self.path, model, optimizer, **numbers, seconds=self.minutes() * 60)
 
 
 def find_state(args):
     """The state of this run; raises InputError if the folder has that of a run with other settings."""
     names = ("seed", "steps", "batch", "lr", "vision_steps", "vision_batch", "vision_lr", "bank", "bf16")
-    return State(args.out / "pretrain-state" / "state.pt", {name: getattr(args, name) for name in names})
+    return State(args.out / "pretrain-state" / "state.safetensors", {name: getattr(args, name) for name in names})
 
 
 def adamw(parameters, lr, betas=(0.9, 0.98), weight_decay=0.1):
@@ -296,9 +295,8 @@ def train_vision(model, processor, state, team, args):
     head = torch.nn.Linear(c.perceiver.resampler_n_latents * c.text.hidden_size, sum(toy.SIZES))
     trained = torch.nn.ModuleList([model.model["vision_model"], model.model["connector"], head])
     optimizer = adamw(trained.parameters(), args.vision_lr)
-    if state.stage == "vision" and state.tensors:
-        trained.load_state_dict(state.tensors["model"])
-        optimizer.load_state_dict(state.tensors["optimizer"])
+    if state.stage == "vision" and state.step:
+        load_state(state.path, trained, optimizer)
 
     def named(step, n):
         """→ logits and labels of the process's share of n fresh pictures, attribute by attribute."""
@@ -314,7 +312,7 @@ def train_vision(model, processor, state, team, args):
         update(optimizer, loss, args.vision_lr * schedule(step, args.vision_steps, 50), team)
         bar.set_postfix(loss=f"{loss.item():.3f}")
         if team.rank == 0 and (step + 1) % args.save_every == 0:
-            state.save("vision", step + 1, model=trained.state_dict(), optimizer=optimizer.state_dict())
+            state.save("vision", step + 1, trained.state_dict(), optimizer)
     if team.rank > 0:
         return
     with torch.no_grad():
@@ -347,8 +345,8 @@ def train_decoder(model, processor, state, team, args):
     writer = Writer(processor)
     decoder = torch.nn.ModuleList([model.model["text_model"], model.lm_head]).requires_grad_(True)
     optimizer = adamw(decoder.parameters(), args.lr)
-    if state.stage == "decoder" and "optimizer" in state.tensors:
-        optimizer.load_state_dict(state.tensors["optimizer"])
+    if state.stage == "decoder" and state.step:
+        load_state(state.path, model, optimizer)
     if args.compile:
         model.model["text_model"].compile(dynamic=False)
 
@@ -371,7 +369,7 @@ def train_decoder(model, processor, state, team, args):
             state.log.append(row | {f"{kind} {k}": round(shots[kind][k].item(), 3) for kind in shots for k in (0, 8)})
             tqdm.write("  ".join(f"{k} {v}" for k, v in state.log[-1].items()))
         if team.rank == 0 and (step + 1) % args.save_every == 0:
-            state.save("decoder", step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
+            state.save("decoder", step + 1, model.state_dict(), optimizer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -487,6 +485,7 @@ def parse(argv):
     add("--table-episodes", type=int, default=500, help="episodes for a cell of the final table (default %(default)s)")
     flag("--fp32", dest="bf16", action="store_false", help="no bfloat16 in training (slower)")
     flag("--no-compile", dest="compile", action="store_false", help="no torch.compile (slower steps, no compiler needed)")
+    flag("--resume", action="store_true", help="(it goes on without being told to, too)")
     flag("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
     args.command = " ".join(["python pretrain.py", *(sys.argv[1:] if argv is None else argv)])
@@ -507,13 +506,13 @@ def work(rank, team, args):
     if state.stage == "vision":
         train_vision(model, processor, state, team, args)
         if rank == 0:
-            state.save("decoder", 0, model=model.state_dict())
+            state.save("decoder", 0, model.state_dict())
     else:
-        model.load_state_dict(state.tensors["model"])
+        model.load_state_dict(state.model)
     if state.stage != "done":
         train_decoder(model, processor, state, team, args)
         if rank == 0:
-            state.save("done", args.steps, model=model.state_dict())
+            state.save("done", args.steps, model.state_dict())
     if rank == 0:
         write_results(model, state, args)
         shutil.rmtree(args.out / "pretrain-state")
@@ -522,6 +521,8 @@ def work(rank, team, args):
 
 def main(argv=None):
     args = parse(argv)
+    if args.resume and (args.out / "table.json").exists() and not (args.out / "pretrain-state").exists():
+        return print(f"{args.out}: already finished")
     write_settings(args.out / "pretrain-state")
     state = find_state(args)
     if state.step or state.stage != "vision":
@@ -538,5 +539,8 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        print(f"pretrain.py: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"interrupted; this goes on:\n    {command_to_go_on()}", file=sys.stderr)
+        sys.exit(130)

@@ -12,12 +12,12 @@ A row of results.json has, beside what eval.py says, the further scores of its a
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from data import DATASETS, fields, load, records, stemmer
 from metrics import caption_objects, chair, cider, read_synonyms, vqa_accuracy
-from model import InputError, read_json
+from model import InputError, read_json, written_whole
+from parallel import rank
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,8 +102,8 @@ def picture_objects(root, folder, synonyms):
     text = json.dumps({"synonyms_sha256": digest, "objects": {i: sorted(names) for i, names in objects.items()}})
     try:
         write_atomically(kept, text + "\n")
-    except OSError as e:
-        print(f"{kept}: not kept for the next time ({e.strerror})")
+    except InputError as e:
+        print(f"not kept for the next time: {e}")
     return objects
 
 
@@ -130,10 +130,10 @@ def chair_scores(root, samples, captions, synonyms):
 # Official result files
 # ---------------------------------------------------------------------------------------------------------------------
 def write_atomically(path, text):
-    """Under a temporary name, then renamed: a crash leaves the older file whole."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """The whole file or none: `model.written_whole`. Of many processes the first one writes."""
+    if rank() == 0:
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def official_names(dataset):

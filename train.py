@@ -8,17 +8,18 @@
 
 Trains on --samples of the training split, chooses the epoch by the score on --dev-samples others, then evaluates on the
 dataset's evaluation split, which training never sees. --out gets args.json, log.csv, METHOD.safetensors, results.json and
-predictions.jsonl; `python eval.py --run FOLDER` evaluates again.
+predictions.jsonl; `python eval.py --run FOLDER` evaluates again. What was interrupted or killed goes on, to the same bits, by
+the same command with --resume. On N devices: `torchrun --nproc-per-node N train.py …`, which takes the same steps.
 """
 
 import argparse
 import csv
 import json
 import math
+import os
 import platform
 import random
 import subprocess
-import sys
 import time
 from collections import ChainMap
 from pathlib import Path
@@ -38,9 +39,12 @@ from eval import (
     classes_of,
     count,
     evaluate,
+    fits_into_memory,
     generation_options,
     load_model,
+    make_folder,
     read_lines,
+    read_rows,
     resolve,
     run_command,
     score,
@@ -49,9 +53,11 @@ from eval import (
     write_atomically,
 )
 from features import Features, encode_images, gather, sees_alike
-from fit import fit, is_demonstration, plan
+from fit import fit, is_demonstration, plan, seconds_of
 from mimic import Recorder, align_loss
 from model import InputError, KVCache, read_json
+from parallel import add, join, rank, share, wait, world
+from resume import held_back, load_state, save_state
 
 COMPARE = [0, 1, 2, 4, 8]         # shots of in-context learning that a toy run shows beside MimIC
 DEFAULTS = {                      # highest rate; that on the toys; weights of L_align and of the LM loss; demonstrations (None =
@@ -64,6 +70,9 @@ DEFAULTS = {                      # highest rate; that on the toys; weights of L
 }
 EPOCHS = (99, 15), (500, 10), (math.inf, None)            # up to so many samples, so many epochs (None = as the paper trains the
                                                           # model with 1,000): as the official code
+LOG = ["step", "epoch", "loss", "align", "ce", "lr", "grad_norm", "seconds", "dev", "test"]       # columns of log.csv
+UNFINISHED = "state.safetensors", "fit.safetensors", "features.json", "features.bin"      # what a run goes on from
+SAVE_SECONDS = 60                 # between two states of a run to go on from, at most; its epochs end with one, too
 
 
 def parse(argv):
@@ -174,8 +183,10 @@ def parse(argv):
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
 # ---------------------------------------------------------------------------------------------------------------------
-def losses(model, shifts, batch, features, args, processor=None):
-    """L_align and L_gt of a batch, scalars in fp32. Paper, Figure 3. processor: for a method that changes the vision tower."""
+def losses(model, shifts, batch, features, args, processor=None, whole=None):
+    """L_align and L_gt of a batch, scalars in fp32. Paper, Figure 3. processor: for a method that changes the vision tower.
+
+    whole: the Batch of which this one is a part, if it is one; then the losses are shares, whose sum is the whole batch's."""
     def states(model, rows, features, shifts, last=None):
         position_ids = None if rows.position_ids is None else rows.position_ids.to(model.device)
         return model.hidden_states(rows.input_ids.to(model.device), rows.attention_mask.to(model.device),
@@ -197,6 +208,9 @@ def losses(model, shifts, batch, features, args, processor=None):
 
     def before(columns):                                                                  # column t is predicted from t − 1
         return F.pad(columns[:, 1:], (0, 1))
+
+    def part(mean, count):                 # means over parts of different sizes do not add up; count(batch): their size
+        return mean if whole is None else mean * (count(batch) / count(whole))
 
     # 1. Teacher: the original model reads {demonstrations, query}; its states over the query's columns.
     T, T_q = batch.student.input_ids.shape[1], batch.align.shape[1]
@@ -220,18 +234,21 @@ def losses(model, shifts, batch, features, args, processor=None):
         columns = (batch.answer if args.kl_late else before(batch.answer))[:, -T_q:]
         log_p, log_q = (logits(m, o[:, -T_q:], columns).log_softmax(-1) for m, o in ((model, teacher_out), (changed, out)))
         align = (log_p.exp() * (log_p - log_q)).sum(-1).mean()                            # KL(teacher ‖ student)
+        align = part(align, lambda b: int(b.answer.sum()))
     elif args.lambda_align:
         align = align_loss([s[:, -T_q:] for s in getattr(student, args.align_on)], getattr(teacher, args.align_on),
                            batch.align.to(model.device), norm=args.align_norm)
+        align = part(align, lambda b: len(b.align))
     read = getattr(batch, args.ce_on)
     ce = F.cross_entropy(logits(changed, out, before(read)), batch.student.input_ids[read].to(model.device))
+    ce = part(ce, lambda b: int(getattr(b, args.ce_on).sum()))
     if args.ce_prompts == "both":
         if isinstance(shifts, STAVE):
             shifts.prompt = behind
         out = states(changed, batch.teacher, features, shifts)[:, -T:]
         ce_behind = F.cross_entropy(logits(changed, out, before(batch.answer)),
                                     batch.student.input_ids[batch.answer].to(model.device))
-        ce = (ce + ce_behind) / 2
+        ce = (ce + part(ce_behind, lambda b: int(b.answer.sum()))) / 2
     return align, ce
 
 
@@ -261,47 +278,59 @@ def learning_rate(step, steps, warmup):
 # ---------------------------------------------------------------------------------------------------------------------
 # All steps
 # ---------------------------------------------------------------------------------------------------------------------
-def train(args, model, processor, adapter, samples, dev, test, features, folder):
-    """Trains the adapter, writes log.csv and the best epoch's → (the best adapter, seconds of training, best score on test)."""
+def train(args, model, processor, adapter, samples, dev, test, features, folder, seconds=0.0):
+    """Trains the adapter, writes log.csv and the best epoch's → (the best adapter, seconds of training, best score on test).
+
+    folder/state.safetensors is what a killed run goes on from. It is written last: whatever a crash leaves ahead of it, rows of
+    log.csv or a better adapter, is made again, the same, from there."""
     trained = [p for p in adapter.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(adapter.groups(args.lr), weight_decay=args.weight_decay)
     highest = [group["lr"] for group in optimiser.param_groups]
     template, path = adapter.template(template_of(args, processor)), folder / f"{args.method}.safetensors"
     per_step = args.batch_size * args.accumulate
     steps_an_epoch = math.ceil(len(samples) / per_step)
-    steps, step, best, test_best, seconds = args.epochs * steps_an_epoch, 0, -math.inf, None, 0.0
+    steps, step, best, test_best = args.epochs * steps_an_epoch, 0, -math.inf, None
+    state, log_path = folder / "state.safetensors", folder / "log.csv"
 
     def score_on(items):
         adapter.eval()
-        answers, _ = answer(model, processor, args.dataset, items, shifts=adapter, features=features, 
+        answers, _ = answer(model, processor, args.dataset, items, shifts=adapter, features=features,
                             **generation_options(args, processor))
         return score(args.dataset, items, answers, args.data)[0]
 
-    if args.init == "layerwise" and dev:                # the fit is a candidate, too
+    if state.exists():
+        found = load_state(state, adapter, optimiser)
+        step, best, test_best, seconds = (found[name] for name in ("step", "best", "test_best", "seconds"))
+    elif args.init == "layerwise" and dev:              # the fit is a candidate, too
         best = score_on(dev)
         adapter.save(path, **about(args), epoch=0)
-    with open(folder / "log.csv", "w", newline="") as file, tqdm(total=steps, desc="train", unit="step") as bar:
-        log = csv.DictWriter(file, ["step", "epoch", "loss", "align", "ce", "lr", "grad_norm", "seconds", "dev", "test"])
-        log.writeheader()
-        for epoch in range(args.epochs):
+    rows = read_lines(log_path)[:step + 1] if step else [",".join(LOG)]
+    write_atomically(log_path, "\n".join(rows) + "\n")
+    with (open(log_path if rank() == 0 else os.devnull, "a", newline="") as file, held_back() as interrupted,
+          tqdm(total=steps, initial=step, desc="train", unit="step", disable=rank() > 0) as bar):
+        log, saved = csv.DictWriter(file, LOG, lineterminator="\n"), time.perf_counter()
+        for epoch in range(step // steps_an_epoch, args.epochs):
             adapter.train()
             order = random.Random(f"{args.seed}-{epoch}").sample(samples, len(samples))
             draw = epoch % args.draws if args.draws else epoch
-            for at in range(0, len(order), per_step):
+            for at in range(step % steps_an_epoch * per_step, len(order), per_step):
                 began = time.perf_counter()
+                torch.manual_seed(random.Random(f"{args.seed}-{step}-{rank()}").getrandbits(63))         # of dropout
                 micro = [order[i:i + args.batch_size] for i in range(at, min(at + per_step, len(order)), args.batch_size)]
-                parts = []
+                sums = torch.zeros(3)                   # of L_align and L_gt, and whether a process was interrupted
                 for queries in micro:
-                    icds = demonstrations(args, samples, queries, draw)
-                    align, ce = losses(model, adapter, collate(queries, icds, processor, template, args.share_icds), features,
-                                       args, processor)
-                    ((args.lambda_align * align + args.lambda_ce * ce) / len(micro)).backward()
-                    parts.append((align.item(), ce.item()))
-                align, ce = (sum(p) / len(parts) for p in zip(*parts, strict=True))
+                    align, ce = backward(args, model, processor, template, adapter, samples, queries, draw, features, len(micro))
+                    sums += torch.tensor([align, ce, 0.0]) / len(micro)
+                sums[2] = len(interrupted)
+                add([p.grad for p in trained])
+                add([sums])
+                align, ce, stop = sums.tolist()
                 norm = torch.nn.utils.clip_grad_norm_(trained, args.clip).item()
                 if not math.isfinite(align + ce + norm):
-                    sys.exit(f"step {step}: loss or gradient is not finite (align {align}, ce {ce}, gradient {norm}); "
-                             f"samples {[q.id for queries in micro for q in queries]}; {path} holds the best epoch before")
+                    raise InputError(
+                        f"step {step + 1}: expected finite losses and gradients, found align {align}, ce {ce}, gradient {norm} "
+                        f"for the samples {[q.id for queries in micro for q in queries]}; last good: "
+                        + (" and ".join(str(p) for p in (path, state) if p.exists()) or "none yet"))
                 for group, lr in zip(optimiser.param_groups, highest, strict=True):
                     group["lr"] = lr * learning_rate(step, steps, args.warmup)
                 optimiser.step()
@@ -325,7 +354,34 @@ def train(args, model, processor, adapter, samples, dev, test, features, folder)
                         test_best = max(row["test"], test_best or 0)
                 log.writerow(row)
                 file.flush()
+                if stop or step % steps_an_epoch == 0 or time.perf_counter() - saved > SAVE_SECONDS:
+                    save_state(state, adapter.state_dict(), optimiser, step=step, best=best, test_best=test_best, seconds=seconds)
+                    saved = time.perf_counter()
+                if stop:
+                    raise KeyboardInterrupt
+        if interrupted:                                 # in the last of the scoring
+            raise KeyboardInterrupt
+    wait()                                              # until the first process has written the file
     return ADAPTERS[args.method].load(path).to(model.device), seconds, test_best
+
+
+def backward(args, model, processor, template, adapter, samples, queries, draw, features, n_batches):
+    """Adds the gradients of one batch, a step's n_batches-th part → L_align and L_gt, numbers. Under torchrun: of this process's
+    share of the queries, which may be none."""
+    mine, whole = share(queries), None
+    if len(mine) < len(queries):
+        whole = collate(queries, [[]] * len(queries), processor, template)
+        for p in adapter.parameters():
+            if p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
+        if not mine:
+            return 0.0, 0.0
+    icds = share(demonstrations(args, samples, queries, draw))
+    with fits_into_memory("--batch-size", args.batch_size, "with twice the --accumulate the steps stay the same"):
+        batch = collate(mine, icds, processor, template, args.share_icds)
+        align, ce = losses(model, adapter, batch, features, args, processor, whole)
+        ((args.lambda_align * align + args.lambda_ce * ce) / n_batches).backward()
+    return align.item(), ce.item()
 
 
 def about(args):
@@ -364,24 +420,60 @@ def check_memory(args, config, processor):
     memory.check(args, config, args.shots, (0, *args.compare), kind=classes_of(args.model)[0], **how)
 
 
+def is_finished(args):
+    """Whether --resume has nothing left to do. A folder with a run of other arguments, or without --resume with an unfinished
+    one, is left alone: InputError."""
+    folder, mine = Path(args.out), arguments(args)
+    old = read_json(folder / "args.json") if (folder / "args.json").exists() else {}
+    if not isinstance(old, dict):
+        raise InputError(f"{folder / 'args.json'}: expected the arguments of a run, found something else; delete it")
+    differ = sorted(k for k in mine if old.get(k, mine[k]) != mine[k] and k != "memory_gb")
+    unfinished = [name for name in UNFINISHED if (folder / name).exists()]
+    if differ and (unfinished or any(folder.glob("*.safetensors"))):
+        raise InputError(f"{folder}: expected no run or one of the same arguments, found other {', '.join(differ)}; "
+                         "choose another --out or delete it")
+    if not args.resume and "finished" not in old and unfinished:
+        raise InputError(f"{folder}: expected no unfinished run, found one; go on with it: the same command with --resume, or "
+                         "choose another --out or delete it")
+    return args.resume and "finished" in old and not differ
+
+
+def arguments(args):
+    """What args.json holds of them."""
+    return {k: v for k, v in vars(args).items() if k != "resume"}
+
+
 def start_run(args):
-    """The run's folder, with args.json. A folder with a run of other arguments is left alone."""
-    folder, mine = Path(args.out), vars(args)
-    if (folder / "args.json").exists() and any(folder.glob("*.safetensors")):
-        old = read_json(folder / "args.json")
-        differ = sorted(k for k in mine if old.get(k, mine[k]) != mine[k] and k != "memory_gb")
-        if differ:
-            raise InputError(f"{folder}: expected no run or one of the same arguments, found other {', '.join(differ)}; "
-                             "choose another --out or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
+    """The run's folder, with args.json. Without --resume nothing is left of an earlier run but what this one writes anew."""
+    folder = Path(args.out)
+    make_folder(folder)
+    if args.resume and (folder / "args.json").exists():
+        return folder
+    delete_unfinished(folder)
     try:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
                                 text=True).stdout.strip()
     except OSError:
         commit = ""
     versions = {"commit": commit, "torch": torch.__version__, "python": platform.python_version()}
-    write_atomically(folder / "args.json", json.dumps({**mine, **versions, "started": time.strftime("%F %T")}, indent=1) + "\n")
+    about = {**arguments(args), **versions, "started": time.strftime("%F %T")}
+    write_atomically(folder / "args.json", json.dumps(about, indent=1) + "\n")
     return folder
+
+
+def finish_run(folder):
+    """Notes in args.json that everything is done, and deletes what was kept to go on from."""
+    about = read_json(folder / "args.json") | {"finished": time.strftime("%F %T")}
+    write_atomically(folder / "args.json", json.dumps(about, indent=1) + "\n")
+    delete_unfinished(folder)
+
+
+def delete_unfinished(folder):
+    wait()                                              # until nobody reads it any more
+    if rank() == 0:
+        for name in UNFINISHED:
+            (folder / name).unlink(missing_ok=True)
+    wait()
 
 
 def show_answers(folder, args, split, n=3):
@@ -401,20 +493,31 @@ def show_answers(folder, args, split, n=3):
 
 def main(argv=None):
     args = parse(argv)
-    model, processor = load_model(args.model, args.device, args.dtype, lambda *x: check_memory(args, *x))
-    began = time.perf_counter()
+    device, began = join(args.device), time.perf_counter()
+    layerwise, fitted_before = "layerwise" in (args.fit, args.init), 0.0
+    if layerwise and world() > 1:
+        raise InputError(f"a layer-wise fit: expected one process, found {world()}")
     samples, dev = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task)
     split = DATASETS[args.dataset].eval_split
     queries = load(args.dataset, args.data, split, args.task)[:args.limit]
-    args.epochs = args.epochs or next(n or model.epochs for most, n in EPOCHS if len(samples) <= most)
+    args.epochs = args.epochs or next(n or classes_of(args.model)[0].epochs for most, n in EPOCHS if len(samples) <= most)
     demonstrations(args, samples, samples[:args.batch_size], 0)           # too few samples? say it before the long work
-    layerwise = "layerwise" in (args.fit, args.init)
+    if is_finished(args):
+        delete_unfinished(Path(args.out))                      # a kill came in between
+        rows = read_rows(Path(args.out) / "results.json")
+        print(f"{args.out}: already finished\n\n" + table(rows))
+        return rows
+    model, processor = load_model(args.model, device, args.dtype, lambda *x: check_memory(args, *x))
     if layerwise:                                              # too little memory? likewise
         chunks = layerwise_chunks(args, samples, processor)
         kept, on_disk = plan(model, chunks, processor.image_ids, args.fit_tokens, args.memory_gb)
     folder, pictured = start_run(args), samples + (dev if args.fit == "training" else [])
+    if rank() > 0:
+        wait()                                                 # the first process encodes the pictures, the others find them
     stored = Features(folder / "features", sorted({s.image_id for s in pictured}))
     features = ChainMap({}, encode_images(model, processor, pictured, stored, "encode images"))
+    if rank() == 0:
+        wait()
     torch.manual_seed(args.seed)
     adapter = ADAPTERS[args.method].for_model(model, **adapter_options(args, processor))
     if layerwise:
@@ -424,28 +527,28 @@ def main(argv=None):
         def pictures(rows):
             return model.pictures(rows.input_ids.to(model.device), gather(features, rows.samples))
 
+        fitted_before = seconds_of(folder)
         shares = fit(model, adapter, chunks, kept, on_disk, embed, folder, pictures)
         print("explained of the shift, layer by layer: " + " ".join(f"{share:.2f}" for share in shares))
-    seconds, test_best = time.perf_counter() - began, None
+    seconds, test_best = fitted_before + time.perf_counter() - began, None
     if args.fit == "layerwise":
         adapter.save(folder / f"{args.method}.safetensors", **about(args), epoch=0)
     else:
         test = queries if args.test_every_epoch and all(q.answers for q in queries) else ()
-        adapter, more, test_best = train(args, model, processor, adapter, samples, dev, test, features, folder)
-        seconds += more
-    (folder / "fit.safetensors").unlink(missing_ok=True)
+        adapter, seconds, test_best = train(args, model, processor, adapter, samples, dev, test, features, folder, seconds)
     seconds = round(seconds, 1)
 
     if not all(q.answers for q in queries):
         print(f"{args.dataset} {split} has no annotations in {args.data}: evaluating on the {len(dev)} dev samples instead")
         split, queries = "dev", dev
-    options, rows = generation_options(args, processor) | {"features": features, "seed": args.seed, "root": args.data}, []
+    options, rows = generation_options(args, processor) | {"features": features, "seed": args.seed, "root": args.data,
+                                                           "settings": arguments(args), "resume": args.resume}, []
     for shots in args.compare:
         rows.append(evaluate(folder, model, processor, args.dataset, split, queries, "icl" if shots else "zero-shot", shots,
                              pool=samples, **options))
     rows.append(evaluate(folder, model, processor, args.dataset, split, queries, args.method, 0, adapter, train_seconds=seconds,
                          parameters=count(adapter), test_best=test_best, **options))
-    stored.delete()
+    finish_run(folder)
     print("\n" + table(rows))
     show_answers(folder, args, split)
     print(f"\n{folder}: trained in {seconds:.0f} s, everything in {time.perf_counter() - began:.0f} s")

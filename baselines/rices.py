@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from mimic import read_adapter, save_atomically
+from mimic import read_whole, save_atomically
 from model import InputError
 
 IMAGES_AT_ONCE = 4096         # distinct images encoded between two writings of the cache
@@ -37,7 +37,7 @@ def image_vectors(model, samples, encode, path):
     IMAGES_AT_ONCE images, and started afresh for another vision tower."""
     tower, vectors = fingerprint(model), {}
     if Path(path).exists():
-        tensors, about = read_adapter(path, "RICES")
+        tensors, about = read_whole(path, "image vectors of RICES", (torch.float32, torch.int64))
         if about.get("tower") == tower:
             vectors = dict(zip(tensors["image_ids"].tolist(), tensors["vectors"], strict=True))
     missing = list({s.image_id: s for s in samples if s.image_id not in vectors}.values())

@@ -109,7 +109,7 @@ def test_a_short_run_writes_a_complete_folder(micro):
 
 
 @pytest.mark.parametrize("saves", [1, 3, 6])            # in the vision stage, between the stages, in the decoder's
-def test_interrupted_and_resumed_is_uninterrupted(micro, tmp_path, monkeypatch, saves):
+def test_interrupted_and_resumed_is_uninterrupted(micro, tmp_path, monkeypatch, capsys, saves):
     save, left = pretrain.State.save, iter(range(saves))
 
     def interrupting(self, *args, **kwargs):
@@ -121,8 +121,11 @@ def test_interrupted_and_resumed_is_uninterrupted(micro, tmp_path, monkeypatch, 
         pretrain.main([*MICRO, "--out", str(tmp_path)])
     with pytest.raises(InputError, match="expected the state of"):
         pretrain.main([*MICRO, "--out", str(tmp_path), "--seed", "1"])
-    pretrain.main([*MICRO, "--out", str(tmp_path)])
+    pretrain.main([*MICRO, "--out", str(tmp_path), "--resume"])
     ours, theirs = tensors(tmp_path), tensors(micro)
+    capsys.readouterr()
+    pretrain.main([*MICRO, "--out", str(tmp_path), "--resume"])
+    assert "already finished" in capsys.readouterr().out
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
