@@ -229,7 +229,7 @@ def fused_attention(q, k, v, mask):
     Arguments and results as `attention`, but rows with no allowed key have lse = 0 and mean nothing."""
     if q.device.type != "cpu":                # the kernels of other devices want each their own form of mask, and keys repeated
         return attention(q, k, v, mask)
-    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    bias = mask.to(q.dtype).log()             # added to the scores: log 1 = 0, log 0 = −inf
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
 
 
