@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import ablate
 import bench
@@ -88,6 +89,45 @@ def test_the_table_of_all_methods_is_written_and_not_made_twice(tmp_path, monkey
 
 
 def test_bench_measures_the_fit_beside_training(tmp_path):
-    row, = bench.main(["--size", "toy", "--repeats", "1", "--samples", "8", "--out", str(tmp_path / "bench.json")])
-    assert json.loads((tmp_path / "bench.json").read_text()) == [row] and row["what"] == "fit_layerwise"
-    assert row["ours_s"] > 0 and row["ratio"] == row["peer_s"] / row["ours_s"] and 0 < row["peak_gib"] < 4
+    out = tmp_path / "bench.json"
+    row, = bench.main(["--size", "toy", "--only", "fit", "--repeats", "1", "--samples", "8", "--out", str(out)])
+    assert json.loads(out.read_text()) == [row] and row["what"] == "fit_layerwise"
+    assert row["ours_s"] > 0 and row["peer_s"] > 0 and row["inference_peak_gib"] > 0
+
+
+def test_bench_measures_steps_answers_latency_and_loading_beside_transformers(tmp_path):
+    """The peer is around the same tensors: it says the same answers, and its step moves the same adapter."""
+    rows = bench.main(["--size", "toy", "--only", "train", "generate", "latency", "load", "--repeats", "1",
+                       "--out", str(tmp_path / "bench.json")])
+    assert json.loads((tmp_path / "bench.json").read_text()) == rows
+    assert {r["what"] for r in rows} >= {"train_step", "train_step_shared", "generate", "encode", "mimic_prefill", "mimic_decode",
+                                         "live_prefill", "live_decode", "mimic_prefill_8", "mimic_prefill_32", "load"}
+    for r in rows:
+        assert r["ours_s"] > 0 and r["ratio"] == pytest.approx(r["peer_s"] / r["ours_s"]) and r["device"] == "cpu"
+    assert all(f"{r['batch']} of {r['batch']} answers equal" in r["about"] for r in rows if r["what"] == "generate")
+
+
+def test_the_official_step_of_the_bench_is_the_official_step():
+    """transformers with hooks and a second q·k, on random weights, makes the gradients that --official makes here."""
+    model = bench.random_model("toy", "cpu", torch.float32)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1) if p.ndim > 1 else None
+    batch, args, made = bench.random_batch(model.config, 6, 2, shots=2), train.parse(["--official"]), []
+    images = [torch.randn(3, 40, 40) for _ in range(6)]
+    features = dict(enumerate(bench.encoded(model, images)))
+    for side in "ours", "peer":
+        torch.manual_seed(1)
+        mimic = bench.MimIC.for_model(model, z2="unmasked")
+        torch.nn.init.normal_(mimic.vector)
+        if side == "ours":
+            batch.align[:, 0] = True
+            align, ce = train.losses(model, mimic, batch, features, args)
+            (align + 0.5 * ce).backward()
+            torch.nn.utils.clip_grad_norm_(mimic.parameters(), 1.0)
+        else:
+            step = bench.OfficialStep(model, mimic)
+            step.optimiser = bench.SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
+            step(batch, images)
+        made.append([p.grad for p in mimic.parameters()])
+    for ours, peer in zip(*made, strict=True):
+        torch.testing.assert_close(ours, peer, rtol=1e-3, atol=1e-5)
