@@ -181,6 +181,15 @@ def test_a_folder_of_no_known_model_is_refused_in_one_line(tmp_path, config):
     complaint(lambda: classes_of(tmp_path), tmp_path / "config.json", "expected")
 
 
+def test_one_place_chooses_between_the_two_models():
+    """All else is written for whatever it is given."""
+    root = Path(__file__).resolve().parents[1]
+    files = {f.name: f.read_text() for folder in (root, root / "baselines") for f in folder.glob("*.py")}
+    assert {name for name, text in files.items() if "idefics1" in text.lower()} == {"idefics1.py", "eval.py"}
+    assert [line for line in files["eval.py"].splitlines() if "idefics1" in line.lower() and not line.startswith("from ")] == [
+        line for line in files["eval.py"].splitlines() if line.startswith("MODELS = ")]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
