@@ -385,7 +385,7 @@ def main(argv=None):
     if {"mu", "approximation", "distance"} & set(args.only):
         features, draws = {}, args.draws if {"mu", "approximation"} & set(args.only) else 1
         batches = [[collate(queries, [pick_icds(pool, q, shots, f"{run.seed}-{draw}-{q.id}") for q in queries], processor,
-                            template_of(run)) for draw in range(draws)]
+                            template_of(run, processor)) for draw in range(draws)]
                    for queries in (samples[i:i + 10][:args.queries - i] for i in range(0, min(args.queries, len(samples)), 10))]
         encode_images(model, processor, [s for b in batches for d in b for s in d.teacher.samples], features, "encode images")
     if {"mu", "approximation"} & set(args.only):
