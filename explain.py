@@ -47,16 +47,18 @@ WIDTH, DPI = 4.0, 160                 # inches, dots an inch: 640 pixels, with l
 class Inside(Shifts):
     """Keeps q, k, v, lse of every layer's attention and every layer's output of one pass under `inner`'s shifts."""
 
-    def __init__(self, model, inner=None):
-        self.blocks, self.inner, self.seen, self.states = model.text_model.layers, inner or Shifts(), [], []
+    def __init__(self, model, pictures, inner=None):
+        self.text_model, self.pictures = model.text_model, pictures
+        self.inner, self.seen, self.states = inner if inner is not None else Shifts(), [], []
 
     def after_embedding(self, input_ids, x):
         self.x = self.inner.after_embedding(input_ids, x)
         return self.x
 
     def after_attention(self, layer, q, k, out, lse):
-        block = self.blocks[layer]
-        v = split_heads(block.self_attn.v_proj(block.input_layernorm(self.x)), k.shape[1])
+        block, x = self.text_model.layers[layer], self.x
+        x = self.text_model.enter(layer, x, self.pictures) if layer in self.text_model.crossed else x
+        v = split_heads(block.self_attn.v_proj(block.input_layernorm(x)), k.shape[1])
         self.seen.append((q, k, v, lse))
         return self.inner.after_attention(layer, q, k, out, lse)
 
@@ -72,8 +74,9 @@ class Inside(Shifts):
 @torch.no_grad()
 def inside(model, rows, features, shifts=None):
     """One pass over the rows → Inside."""
-    watch, ids, mask = Inside(model, shifts), rows.input_ids.to(model.device), rows.attention_mask.to(model.device)
-    model.hidden_states(ids, mask, gather(features, rows.samples), watch)
+    ids, mask, images = rows.input_ids.to(model.device), rows.attention_mask.to(model.device), gather(features, rows.samples)
+    watch = Inside(model, model.pictures(ids, images), shifts)
+    model.hidden_states(ids, mask, images, watch)
     return watch
 
 
@@ -382,7 +385,7 @@ def main(argv=None):
     if {"mu", "approximation", "distance"} & set(args.only):
         features, draws = {}, args.draws if {"mu", "approximation"} & set(args.only) else 1
         batches = [[collate(queries, [pick_icds(pool, q, shots, f"{run.seed}-{draw}-{q.id}") for q in queries], processor,
-                            template_of(run)) for draw in range(draws)]
+                            template_of(run, processor)) for draw in range(draws)]
                    for queries in (samples[i:i + 10][:args.queries - i] for i in range(0, min(args.queries, len(samples)), 10))]
         encode_images(model, processor, [s for b in batches for d in b for s in d.teacher.samples], features, "encode images")
     if {"mu", "approximation"} & set(args.only):

@@ -78,7 +78,7 @@ class TrueShift(Shifts):
     """What demonstrations do at every head, exactly: μ·(SA_D − SA), with K_D and V_D of a pass over the demonstrations alone."""
 
     def __init__(self, model, demonstrations, layers):
-        self.blocks, self.layers, self.kv = model.text_model.layers, (), []
+        self.text_model, self.layers, self.kv = model.text_model, (), []
         model(demonstrations, torch.ones_like(demonstrations), shifts=self)
         self.layers = layers
 
@@ -88,8 +88,9 @@ class TrueShift(Shifts):
 
     def after_attention(self, layer, q, k, out, lse):
         if len(self.kv) == layer:
-            block = self.blocks[layer]
-            self.kv.append((k, split_heads(block.self_attn.v_proj(block.input_layernorm(self.x)), k.shape[1])))
+            block, x = self.text_model.layers[layer], self.x
+            x = self.text_model.enter(layer, x, None) if layer in self.text_model.crossed else x
+            self.kv.append((k, split_heads(block.self_attn.v_proj(block.input_layernorm(x)), k.shape[1])))
         if layer not in self.layers:
             return out
         SA_D, log_z1 = attention(q, *self.kv[layer])

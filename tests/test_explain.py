@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import spec
 import torch
+from conftest import with_pictures
 from grading import same
 
 import explain
-from data import TEMPLATES, Processor, collate, pick_icds, train_dev
-from features import encode_images, gather
+from data import TEMPLATES, Processor, Rows, Sample, collate, pick_icds, train_dev
+from features import encode_images
 from fit import is_demonstration
 from mimic import MimIC, Recorder
 from model import Idefics2, InputError
@@ -31,17 +32,20 @@ def toy():
     return model.double(), mimic, batch, encode_images(model, processor, pool, {})
 
 
-def test_values_kept_are_those_that_the_layer_has_added(toy):
-    """W_o of the attention over the kept q, k and v is what a layer's states gain before the FFN."""
-    model, _, batch, features = toy
-    rows, recorder = batch.teacher, Recorder()
-    watch = explain.inside(model, rows, features)
-    model(rows.input_ids, rows.attention_mask, gather(features, rows.samples), recorder)
-    mask = explain.causal_mask(rows.attention_mask, rows.input_ids.shape[1], 0)
-    out, _ = explain.attention(*watch.seen[2][:3], mask)
-    added = model.text_model.layers[2].self_attn.o_proj(out.transpose(1, 2).flatten(2))
-    same(added, recorder.layer[2] - recorder.ffn[2] - recorder.layer[1], atol=1e-9)
-    same(watch.states[2], recorder.layer[2])
+def test_values_kept_are_those_that_the_layer_has_added(model):
+    """W_o of the attention over the kept q, k and v is what a layer's states gain before the FFN; on either model."""
+    ids, images = with_pictures(model, torch.randint(3, 98, (2, 9), generator=torch.Generator().manual_seed(0)))
+    rows, recorder = Rows(ids, torch.ones_like(ids), [Sample(i, None, None, []) for i in range(2)]), Recorder()
+    watch = explain.inside(model, rows, dict(enumerate(images)))
+    model(ids, rows.attention_mask, images, recorder)
+    mask, pictures = explain.causal_mask(rows.attention_mask, ids.shape[1], 0), model.pictures(ids, images)
+    for layer in 1, 2:
+        x = recorder.layer[layer - 1]
+        x = model.text_model.enter(layer, x, pictures) if model.text_model.crossed else x
+        out, _ = explain.attention(*watch.seen[layer][:3], mask)
+        added = model.text_model.layers[layer].self_attn.o_proj(out.transpose(1, 2).flatten(2))
+        same(added, recorder.layer[layer] - recorder.ffn[layer] - x, atol=1e-9)
+        same(watch.states[layer], recorder.layer[layer])
 
 
 def test_the_true_shift_and_z1_are_what_loops_say(toy):
