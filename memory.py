@@ -65,7 +65,7 @@ def parts(model, shots, eval_shots, beams, eval_batch, batch=0, adapter_of=None,
         adapter = adapter_of(model)
         numbers = sum(p.numel() for p in adapter.parameters())                       # fp32, with gradient and AdamW's moments
         compared = text.num_hidden_layers * batch * one * text.hidden_size * (itemsize + 4)         # teacher's states, errors
-        found["training"] = max(teacher, kept_by_autograd(model, adapter, batch, one)) + compared + 16 * numbers
+        found["training"] = teacher + kept_by_autograd(model, adapter, batch, one) + compared + 16 * numbers
     if fit_gb:
         found["training"] = teacher + fit_gb * 1e9
     T = (max(eval_shots) + 1) * one
