@@ -43,13 +43,16 @@ def batch(n_demonstrations=6, n_query=5, seed=0, per_picture=0):
 
 
 def pictured(model):
-    """How many tokens a picture takes, and a function: rows → their image features, a demonstration's twice those of a query."""
+    """How many tokens a picture takes, and a function: rows → their image features, a query's the same in teacher and student."""
     _, features = with_pictures(model, torch.zeros(1, 3, dtype=torch.long))
     per_picture = 1 if model.text_model.crossed else 4
 
     def images(rows):
-        n = int((rows.input_ids[0] == 99).sum()) // per_picture
-        return torch.cat([2 * features] * (n - 1) + [features]).repeat(len(rows.input_ids), 1, 1)
+        n, found = int((rows.input_ids[0] == 99).sum()) // per_picture, []
+        for row in rows.input_ids.tolist():
+            g = torch.Generator().manual_seed(row[-1])
+            found += [torch.randn(features.shape[1:], generator=g, dtype=features.dtype) for _ in range(n)][::-1]
+        return torch.stack(found)
 
     return per_picture, images
 
