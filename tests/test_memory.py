@@ -70,8 +70,8 @@ def test_a_run_that_cannot_fit_stops_with_options_that_do(monkeypatch, capsys):
     with pytest.raises(InputError, match="found 7; it would fit with --dtype bfloat16$"):
         check(7)
     check(7, dtype="bfloat16")
-    with pytest.raises(InputError, match="it would fit with --batch-size 1 --eval-batch-size [12] --accumulate 8$"):
-        check(4.6, dtype="bfloat16", batch_size=4, accumulate=2)
+    with pytest.raises(InputError, match="it would fit with --batch-size 2 --eval-batch-size 4 --accumulate 4$"):
+        check(4.8, dtype="bfloat16", batch_size=4, accumulate=2)
     with pytest.raises(InputError, match="no batch is small enough"):
         check(3)
 
