@@ -117,11 +117,11 @@ GROUPS = {                                          # group → row → options 
 }
 
 
-def run(dataset, options, task, seed, out):
-    """One run, unless it is there → its row of results.json."""
+def run(dataset, options, task, seed, out, common=()):
+    """One run, unless it is there → its row of results.json. common: options of train.py and eval.py alike."""
     if not (out / "results.json").exists():
-        common = ["--dataset", dataset, "--task", str(task), "--seed", str(seed), "--out", str(out), "--eval-batch-size", "64",
-                  "--resume"]
+        common = ["--dataset", dataset, "--task", str(task), "--seed", str(seed), "--out", str(out), "--resume",
+                  *(["--eval-batch-size", "64"] if dataset.startswith("toy") else []), *common]
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             if options[:1] == ["eval"]:
                 evaluation.main([*common, *options[1:]])
@@ -130,48 +130,66 @@ def run(dataset, options, task, seed, out):
     return json.loads((out / "results.json").read_text())[-1]
 
 
-def run_all(group, dataset, only, tasks, seeds, workers, out):
-    """The rows of a group → {name: {(task, seed): row of results.json}}; workers runs at a time."""
+def run_all(group, dataset, only, tasks, seeds, workers, out, common=()):
+    """The rows of a group → {name: {(task, seed): row of results.json}}; workers runs at a time. What a dataset or a model is no
+    good for is an InputError in the place of its row, unless nothing else comes of the group."""
     rows, jobs = {name: {} for name in GROUPS[group] if only is None or name in only}, {}
     with ProcessPoolExecutor(workers) as pool:
         for task in tasks:
             for seed in seeds:
                 for name in rows:
                     folder = Path(out) / dataset / group / name.replace(", ", "-").replace(" ", "-") / f"task{task}-seed{seed}"
-                    jobs[pool.submit(run, dataset, GROUPS[group][name], task, seed, folder)] = name, task, seed
+                    options = GROUPS[group][name]
+                    if not dataset.startswith("toy"):                                     # there it takes too long
+                        options = [o for o in options if o != "--test-every-epoch"]
+                    jobs[pool.submit(run, dataset, options, task, seed, folder, common)] = name, task, seed
         try:
             for job in tqdm(as_completed(jobs), total=len(jobs), desc=dataset, unit="run"):
                 name, *where = jobs[job]
-                rows[name][tuple(where)] = job.result()
+                rows[name][tuple(where)] = job.exception() if isinstance(job.exception(), InputError) else job.result()
         except BaseException:                       # do not start what waits
             pool.shutdown(cancel_futures=True)
             raise
+    found = [row for by in rows.values() for row in by.values()]
+    if all(isinstance(row, InputError) for row in found):
+        raise found[0]
     return rows
 
 
-def compare(out="runs/table", tasks=(0,), seeds=(0, 1, 2), workers=None):
-    """Every method on both toys → table.md and table.json in `out`; scores are mean ± standard deviation over tasks and seeds.
+METRICS = {"vqa_accuracy": "VQA accuracy", "cider": "CIDEr-D x 100"}
 
-    The dev split chooses the epoch; where the best epoch on the test split has another score, it stands in brackets."""
-    by_dataset = {d: run_all("methods", d, None, tasks, seeds, workers, out) for d in ("toy", "toy-caption")}
-    rows, head = [], ["method", "parameters", "VQA accuracy", "CIDEr-D x 100", "prompt tokens", "ms / query", "train s"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+
+def compare(out="runs/table", tasks=(0,), seeds=(0, 1, 2), workers=None, datasets=("toy", "toy-caption"), common=()):
+    """Every method → table.md and table.json in `out`; scores are mean ± standard deviation over tasks and seeds. datasets: of
+    different metrics; common: options of every run.
+
+    The dev split chooses the epoch; on the toys the best epoch on the test split stands in brackets where its score is another.
+    A method that a dataset or a model is no good for has no score and its reason below."""
+    by_metric = {DATASETS[d].metric: run_all("methods", d, None, tasks, seeds, workers, out, common) for d in datasets}
+    head = ["method", "parameters", *(METRICS[m] for m in by_metric), "prompt tokens", "ms / query", "train s"]
+    rows, reasons, lines = [], [], ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in GROUPS["methods"]:
-        vqa, caption = (list(by_dataset[d][name].values()) for d in ("toy", "toy-caption"))
-        row = {"method": name, "parameters": vqa[0]["parameters"]}
-        for key, found in ("vqa_accuracy", vqa), ("cider", caption):
-            row[key], row[f"{key}_sd"] = (float(f([r["score"] for r in found])) for f in (np.mean, np.std))
-            row[f"{key}_test_best"] = float(np.mean([r.get("test_best", r["score"]) for r in found]))
-        for key in "prompt_tokens", "ms_per_query", "train_seconds":
-            row[key] = float(np.mean([r[key] for r in vqa]))
+        row, cells = {"method": name}, []
+        for metric, by_name in by_metric.items():
+            found = [r for r in by_name[name].values() if not isinstance(r, InputError) and r["score"] is not None]
+            reasons += [f"{name}: {e}" for e in by_name[name].values() if isinstance(e, InputError)][:1]
+            if not found:
+                cells.append("–")
+                continue
+            row[metric], row[f"{metric}_sd"] = (float(f([r["score"] for r in found])) for f in (np.mean, np.std))
+            row[f"{metric}_test_best"] = best = float(np.mean([r.get("test_best", r["score"]) for r in found]))
+            score = f"{row[metric]:.1f}"
+            cells.append(f"{score} ± {row[f'{metric}_sd']:.1f}" + (f" ({best:.1f})" if f"{best:.1f}" != score else ""))
+            for key in "parameters", "prompt_tokens", "ms_per_query", "train_seconds":
+                row.setdefault(key, float(np.mean([r[key] for r in found])) if key != "parameters" else found[0][key])
         rows.append(row)
-        scores = [f"{row[key]:.1f} ± {row[f'{key}_sd']:.1f}" + (f" ({best:.1f})" if f"{best:.1f}" != f"{row[key]:.1f}" else "")
-                  for key in ("vqa_accuracy", "cider") for best in [row[f"{key}_test_best"]]]
-        costs = f"{row['prompt_tokens']:.0f} | {row['ms_per_query']:.1f} | {row['train_seconds']:.0f}"
-        lines.append(f"| {name} | {row['parameters']:,} | {scores[0]} | {scores[1]} | {costs} |")
+        costs = [f"{row[key]:{form}}" if key in row else "–" for key, form in (
+            ("parameters", ","), ("prompt_tokens", ".0f"), ("ms_per_query", ".1f"), ("train_seconds", ".0f"))]
+        lines.append("| " + " | ".join([name, costs[0], *cells, *costs[1:]]) + " |")
+    text = "\n".join([*lines, *([""] + reasons if reasons else [])])
     write_atomically(Path(out) / "table.json", json.dumps(rows, indent=1) + "\n")
-    write_atomically(Path(out) / "table.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write_atomically(Path(out) / "table.md", text + "\n")
+    print(text)
     return rows
 
 

@@ -7,6 +7,7 @@
     python eval.py --method task-vector --dataset okvqa --model FOLDER --data FOLDER       # or function-vector
     python eval.py --run runs/okvqa --restore-shots 8                           # with demonstrations put back in the prompt
     python eval.py --table                                                      # every method on the toys, three seeds
+    python eval.py --table --dataset okvqa --model FOLDER --data FOLDER         # or on a dataset
     python eval.py --score FILE --dataset okvqa --data FOLDER                   # any system's result file, without a model
     python eval.py --score FILE --chair SYNONYMS.txt --data FOLDER              # captions: CHAIR as well
 
@@ -397,7 +398,8 @@ def main(argv=None):
     run.add_argument("--restore-shots", type=int, default=None, metavar="K",
                      help="for --run: put K ICDs back before each query (default 0)")
     run.add_argument("--table", action="store_true",
-                     help="every method on both toys, three seeds: --out (default runs/table) gets table.md and table.json")
+                     help="every method, three seeds (or --seed alone), on both toys or on --dataset: --out (default runs/table) "
+                          "gets table.md and table.json")
     run.add_argument("--split", default=None, help="train, val or test, as the dataset has it (default: the dataset's own)")
     run.add_argument("--score", default=None, metavar="FILE",
                      help="score a result file (VQA's or COCO's format) without a model")
@@ -405,11 +407,17 @@ def main(argv=None):
                      help="with --score of captions: lines `node, synonym, …`; adds CHAIRs, CHAIRi and recall")
     args = parser.parse_args(argv)
     if args.table:
-        free = ("table", "out", "task", "resume")
-        if differ := [k for k, v in vars(args).items() if v != parser.get_default(k) and k not in free]:
-            raise InputError(f"--table: expected --out and --task beside it, found --{differ[0].replace('_', '-')}")
+        mine = ("run", "method", "shots", "order", "restore_shots", "split", "score", "chair", "official")
+        given = {k: v for k, v in vars(args).items() if v != parser.get_default(k)}
+        if differ := [k for k in given if k in mine]:
+            raise InputError(f"--table: expected no option of one method beside it, found --{differ[0].replace('_', '-')}")
         from ablate import compare  # here, because it imports this module
-        return compare(args.out or "runs/table", [args.task])
+        common = [word for k, v in given.items() if k not in ("table", "out", "task", "resume", "seed", "dataset")
+                  for word in (f"--{k.replace('_', '-')}", str(v))[:1 if v is True else 2]]
+        datasets = {} if "dataset" not in given else {"datasets": [args.dataset]}
+        small = args.dataset.startswith("toy")
+        return compare(args.out or "runs/table", [args.task], [args.seed] if "seed" in given else (0, 1, 2),
+                       None if small else 1, common=common, **datasets)
     if args.score or args.chair:
         return score_file(args)
     if args.run:                  # the run's own arguments, where the command line says nothing else

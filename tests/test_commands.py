@@ -213,3 +213,20 @@ def test_a_layer_wise_fit_runs_on_real_pictures_and_its_run_is_evaluated_again(d
     rows = run_train(dataset, either_folder, shared, tmp_path, *words)
     again = evaluation.main(["--run", str(tmp_path), "--limit", "3", "--out", str(tmp_path / "again")])
     assert again["score"] == rows[-1]["score"] and rows[-1]["train_seconds"] > 0
+
+
+def test_the_table_runs_on_a_dataset_and_says_why_a_method_has_no_score(either_folder, shared, tmp_path, monkeypatch):
+    """The random model answers nothing right, so there is no function vector of it; the other rows are there all the same."""
+    import ablate
+    monkeypatch.setitem(ablate.GROUPS, "methods", {
+        "zero-shot": ["eval"], "ICL": ["eval", "--shots", "2"], "Function Vector": ["eval", "--method", "function-vector"],
+        "MimIC": ["--epochs", "1", "--shots", "2", "--test-every-epoch"]})
+    words = ["--table", "--dataset", "okvqa", "--model", str(either_folder), "--data", str(shared / "data"), "--limit", "2",
+             "--samples", "8", "--dev-samples", "2", "--seed", "0", "--out", str(tmp_path)]
+    rows = evaluation.main(words)
+    assert [r["method"] for r in rows if "vqa_accuracy" in r] == ["zero-shot", "ICL", "MimIC"]
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0].count("|") == 7 and lines[4].startswith("| Function Vector | – | – |")
+    assert lines[-1].startswith("Function Vector: ") and "expected" in lines[-1]
+    with pytest.raises(InputError, match="expected"):
+        evaluation.main([*words[:6], str(tmp_path / "nowhere"), *words[7:-1], str(tmp_path / "other")])

@@ -84,8 +84,8 @@ def test_the_table_of_all_methods_is_written_and_not_made_twice(tmp_path, monkey
     done = [p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("results.json"))]
     ablate.compare(tmp_path, seeds=[0], workers=1)
     assert len(done) == 4 and done == [p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("results.json"))]
-    with pytest.raises(InputError, match="--table: expected --out and --task beside it, found --samples"):
-        evaluation.main(["--table", "--samples", "5"])
+    with pytest.raises(InputError, match="--table: expected no option of one method beside it, found --shots"):
+        evaluation.main(["--table", "--shots", "5"])
 
 
 def test_bench_measures_the_fit_beside_training(tmp_path):
