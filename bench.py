@@ -3,6 +3,7 @@
     python bench.py                                       # every bench at toy and mid size
     python bench.py --size full --out bench.json          # Idefics2-8b-base's exact shape, random weights
     python bench.py --only train --size mid --repeats 5
+    python bench.py --model idefics-9b                    # the shape in a folder's config.json, of either model; weights random
 
 train     train_step: a MimIC step on 8 demonstrations, encoding of the pictures included as often as 5 epochs over 1,000 samples
           need it, beside the step as the official code does it: transformers' Idefics2, hooks on its FFNs, both passes over all
@@ -50,7 +51,7 @@ from tqdm import tqdm
 
 from baselines.live import LIVE
 from data import Batch, Rows
-from eval import clock, run_command, write_atomically
+from eval import classes_of, clock, run_command, write_atomically
 from features import PIXELS_AT_ONCE, gather
 from fit import advance, fit, fit_layer, is_demonstration, plan, student, teacher
 from metrics import cider
@@ -58,11 +59,11 @@ from mimic import MimIC
 from model import Config, Idefics2, InputError, KVCache, PerceiverConfig, TextConfig, VisionConfig, read_json
 from train import losses, parse
 
-SIZES = {                              # model, text tokens of an example (the last 3 are the answer)
+SIZES = {                              # shape, text tokens of an example (the last 3 are the answer), class
     "toy": (Config(VisionConfig(96, 192, 3, 4, 40, 8), PerceiverConfig(4, 1, 4, 32, 2),
-                   TextConfig(128, 352, 6, 8, 4, vocab_size=130), image_token_id=4), 6),
-    "mid": (Config(VisionConfig(192, 768, 7, 3), PerceiverConfig(64, 3, 8, 64, 4), TextConfig(512, 1408, 8, 8, 4)), 20),
-    "full": (Config(), 20),
+                   TextConfig(128, 352, 6, 8, 4, vocab_size=130), image_token_id=4), 6, Idefics2),
+    "mid": (Config(VisionConfig(192, 768, 7, 3), PerceiverConfig(64, 3, 8, 64, 4), TextConfig(512, 1408, 8, 8, 4)), 20, Idefics2),
+    "full": (Config(), 20, Idefics2),
 }
 COCO_SIZES = (640, 480), (480, 640), (640, 427), (640, 480)        # pixels
 SHOTS, EPOCHS, SAMPLES = 8, 5, 1000    # of the training whose step is measured
@@ -74,15 +75,15 @@ MEMORY_GB = 0.1                        # of the layer-wise fit
 # What is measured: a random model, pictures, prompts
 # ---------------------------------------------------------------------------------------------------------------------
 def random_model(size, device, dtype, n_layers=None):
-    """An Idefics2 of that size with random weights; n_layers: of the decoder and of the vision tower, for a part of it."""
-    config, _ = SIZES[size]
+    """A model of that size with random weights; n_layers: of the decoder and of the vision tower, for a part of it."""
+    config, _, kind = SIZES[size]
     if n_layers:
         config = replace(config, vision=replace(config.vision, num_hidden_layers=n_layers),
                          text=replace(config.text, num_hidden_layers=n_layers))
     torch.manual_seed(0)
     with torch.device(device):
         torch.set_default_dtype(dtype)
-        model = Idefics2(config)
+        model = kind(config)
         torch.set_default_dtype(torch.float32)
     return model.requires_grad_(False).eval()
 
@@ -123,10 +124,9 @@ def random_batch(config, n_text, B, seed=0, shots=SHOTS, shared=False):
     """B queries behind `shots` demonstrations, random tokens, one picture an example, all examples of one length.
 
     Picture n of row b has image_id b·(shots+1) + n, the query's being the last; shared: the demonstrations of row 0 serve all."""
-    n_latents, g = config.perceiver.resampler_n_latents, torch.Generator().manual_seed(seed)
-    one, images = n_latents + n_text, shots + 1
+    g, one, images = torch.Generator().manual_seed(seed), config.tokens_per_image + n_text, shots + 1
     picture = [[SimpleNamespace(image_id=b * images + n) for n in range(images)] for b in range(B)]
-    examples = torch.cat([torch.full((B, images, n_latents), config.image_token_id),
+    examples = torch.cat([torch.full((B, images, config.tokens_per_image), config.image_token_id),
                           torch.randint(5, 100, (B, images, n_text), generator=g)], 2)
     if shared:
         examples[:, :-1] = examples[:1, :-1]
@@ -143,7 +143,7 @@ def random_batch(config, n_text, B, seed=0, shots=SHOTS, shared=False):
 
 def pictures(args, config, n):
     """n pictures, as many of each size as COCO has of them → [(pixel_values (3,H,W))], normalised."""
-    if config.vision.image_size < 378:                            # the toy's
+    if config.vision.image_size < 378:                            # of one size: the toy's, and CLIP's
         return [torch.randn(3, config.vision.image_size, config.vision.image_size) for _ in range(n)]
     if args.pictures:
         from PIL import Image
@@ -283,27 +283,26 @@ class Peak:
             self.gib = self.rss("VmHWM") - self.before
 
 
-def once(run, device):
-    """Seconds, GiB."""
-    with Peak(str(device)) as peak:
-        began = clock(device)
-        run()
-        seconds = clock(device) - began
-    return seconds, peak.gib
+def seconds_of(run, device):
+    began = clock(device)
+    run()
+    return clock(device) - began
 
 
 def side_by_side(args, ours, peer, **more):
-    """ours {what: call} and the peer's call (None: there is none), alternating after a warm-up → a row of medians for each."""
-    device, calls = torch.device(args.device), {**ours, **({None: peer} if peer else {})}
+    """ours {what: call} and the peer's call (None: there is none), alternating after a warm-up that says their peaks → a row of
+    medians for each."""
+    device, calls, peaks = torch.device(args.device), {**ours, **({None: peer} if peer else {})}, {None: None}
+    for what, call in calls.items():
+        with Peak(args.device) as peak:
+            call()
+        peaks[what] = peak.gib
     runs = {what: [] for what in calls}
-    for call in calls.values():
-        call()
     for _ in range(args.repeats):
         for what, call in calls.items():
-            runs[what].append(once(call, device))
-    found = {what: [None if None in x else statistics.median(x) for x in zip(*r, strict=True)] for what, r in runs.items()}
-    peer_s, peer_peak = found.get(None, (None, None))
-    return [row(what, found[what][0], peer_s, found[what][1], peer_peak, **more) for what in ours]
+            runs[what].append(seconds_of(call, device))
+    found = {what: statistics.median(r) for what, r in runs.items()}
+    return [row(what, found[what], found.get(None), peaks[what], peaks[None], **more) for what in ours]
 
 
 def row(what, ours_s, peer_s, peak, peer_peak, size="-", batch=1, about="", **more):
@@ -319,7 +318,7 @@ def ceilings(device, dtype):
 
     def best(run):
         run()
-        return min(once(run, torch.device(device))[0] for _ in range(5))
+        return min(seconds_of(run, torch.device(device)) for _ in range(5))
 
     return 2 * n**3 / best(lambda: a @ a), b.numel() * dtype.itemsize / best(lambda: b @ x)
 
@@ -343,7 +342,7 @@ def weight_bytes(module):
 # Training steps
 # ---------------------------------------------------------------------------------------------------------------------
 def bench_train(args, size):
-    model, n_text, B = args.models(size), SIZES[size][1], args.batch_size or {"toy": 4, "mid": 2, "full": 1}[size]
+    model, n_text, B = args.models(size), SIZES[size][1], args.batch_size or {"toy": 4, "full": 1}.get(size, 2)
     if size == "full" and args.device.startswith("cuda"):
         B = args.batch_size or 8
     mimic, images = MimIC.for_model(model), pictures(args, model.config, B * (SHOTS + 1))
@@ -353,7 +352,8 @@ def bench_train(args, size):
         features = dict(enumerate(encoded(model, images)))
     one = (clock(model.device) - began) / len(images)
     if size != "full":                                            # warm by now
-        one = statistics.median(once(lambda: encoded(model, images), model.device)[0] for _ in range(args.repeats)) / len(images)
+        every = [seconds_of(lambda: encoded(model, images), model.device) for _ in range(args.repeats)]
+        one = statistics.median(every) / len(images)
     settings, optimiser = parse([]), torch.optim.AdamW(mimic.parameters(), lr=1e-3)
 
     def step(batch):
@@ -393,8 +393,7 @@ def bench_generate(args, size):
     for B, beams in [(1, 1), (1, 3)] if small else [(1, 1), (1, 3), (16, 1), (16, 3)]:
         rows = random_batch(model.config, n_text, B, shots=0).student
         ids, mask, said = rows.input_ids[:, :-3].to(model.device), rows.attention_mask[:, :-3].to(model.device), {}
-        features = torch.randn(B, model.config.perceiver.resampler_n_latents, model.config.text.hidden_size,
-                               device=model.device, dtype=model.dtype)
+        features = encoded(model, images[:1]).expand(B, -1, -1)
         embedded = model.embed(ids, features)
 
         def ours(ids=ids, mask=mask, features=features, beams=beams, said=said):
@@ -417,13 +416,13 @@ def bench_latency(args, size):
     model, n_text = args.models(size), SIZES[size][1]
     c, repeats = model.config, args.repeats * (1 if size == "full" and args.device == "cpu" else 20)
     torch.manual_seed(0)
-    live, mimic = LIVE.for_model(model), MimIC.for_model(model)
+    live, mimic, picture = LIVE.for_model(model), MimIC.for_model(model), encoded(model, [
+        x.to(model.dtype) for x in pictures(args, c, 1)])
 
     def prompt(B, shots):
         rows = random_batch(c, n_text, B, shots=shots).teacher
         return (rows.input_ids[:, :-3].to(model.device), rows.attention_mask[:, :-3].to(model.device),
-                torch.randn(len(rows.samples), c.perceiver.resampler_n_latents, c.text.hidden_size,
-                            device=model.device, dtype=model.dtype))
+                picture.expand(len(rows.samples), -1, -1))
 
     def prefill(ids, mask, features, shifts=None):
         cache = KVCache(c.text.num_hidden_layers, ids.shape[1] + 1)
@@ -523,8 +522,8 @@ def bench_load(args, size):
 def prepared(size, device, dtype):
     """A model (at full size one layer of it), an adapter for it, the features of the one picture, the embedding of rows."""
     model = random_model(size, device, dtype, 1 if size == "full" else None)
-    c = model.config
-    features = {0: torch.randn(c.perceiver.resampler_n_latents, c.text.hidden_size, device=device, dtype=dtype)}
+    side = min(model.config.vision.image_size, 378)
+    features = {0: encoded(model, [torch.randn(3, side, side).to(dtype)])[0]}
     return model, MimIC.for_model(model), features, lambda rows: model.embed(
         rows.input_ids.to(device), gather(features, rows.samples))
 
@@ -638,6 +637,7 @@ def main(argv=None):
                                      epilog=__doc__.split("\n\n", 1)[1])
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES), help="(default: all)")
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["toy", "mid"], help="(default toy mid)")
+    parser.add_argument("--model", default=None, metavar="FOLDER", help="in the place of --size (not for load and fit)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s here)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None,
                         help="(default: float32, bfloat16 on cuda and at full size)")
@@ -653,7 +653,11 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     temporary, kept = tempfile.TemporaryDirectory(), {}
     cpu, here = args.device == "cpu", importlib.util.find_spec("transformers") is not None
-    args.alone = lambda size: not here or (size == "full" and cpu)                    # without a peer
+    if args.model:
+        kind, processor = classes_of(args.model)
+        args.size, args.only = [Path(args.model).name], [name for name in args.only if name not in ("load", "fit")]
+        SIZES[args.size[0]] = processor.config_class.from_file(Path(args.model) / "config.json"), 20, kind
+    args.alone = lambda size: not here or (size == "full" and cpu) or SIZES[size][2] is not Idefics2          # without a peer
     args.dtype_of = lambda size: args.dtype or ("float32" if cpu and size != "full" else "bfloat16")
 
     def checkpoint(size):

@@ -107,6 +107,13 @@ def test_bench_measures_steps_answers_latency_and_loading_beside_transformers(tm
     assert all(f"{r['batch']} of {r['batch']} answers equal" in r["about"] for r in rows if r["what"] == "generate")
 
 
+def test_bench_takes_the_shape_of_a_folder_of_either_model(either_folder, monkeypatch):
+    monkeypatch.setattr(bench, "SIZES", dict(bench.SIZES))
+    rows = bench.main(["--model", str(either_folder), "--only", "train", "--repeats", "1", "--batch-size", "1"])
+    assert [(r["what"], r["size"]) for r in rows] == [(what, either_folder.name) for what in ("train_step", "train_step_shared")]
+    assert all(r["ours_s"] > 0 and (r["peer_s"] is None) == ("idefics1" in either_folder.name) for r in rows)
+
+
 def test_the_official_step_of_the_bench_is_the_official_step():
     """transformers with hooks and a second q·k, on random weights, makes the gradients that --official makes here."""
     model = bench.random_model("toy", "cpu", torch.float32)
