@@ -1,8 +1,8 @@
 """Pictures of what demonstrations do inside the attention, and of what a trained MimIC makes of it.
 
-    python explain.py                                          # those of docs/, from the toy runs (made first, if not there)
-    python explain.py --only approximation --out figures
-    python explain.py --run runs/okvqa --beside runs/okvqa-live --queries 16 --out figures
+    python explain.py                                          # of the toy runs, which are made first if they are not there
+    python explain.py --out docs                               # those of the README and the lesson
+    python explain.py --run runs/okvqa --beside runs/okvqa-live --queries 16 --only approximation distance
 
 grid            questions with the answers of the methods
 mu              the true μ and MimIC's μ̃, layer by head, and μ̃ at every token of one query
@@ -361,7 +361,7 @@ def main(argv=None):
     parser.add_argument("--draws", type=int, default=5,
                         help="of demonstrations for every query: f and v are compared with the mean of what these do "
                              "(default %(default)s)")
-    parser.add_argument("--out", default="docs", metavar="FOLDER", help="gets FIGURE.png (default %(default)s)")
+    parser.add_argument("--out", default="figures", metavar="FOLDER", help="gets FIGURE.png (default %(default)s)")
     args = parser.parse_args(argv)
     if not importlib.util.find_spec("matplotlib"):
         raise InputError("explain.py: expected matplotlib (pip install matplotlib), found none")

@@ -56,7 +56,7 @@ def test_every_python_command_prints_what_the_lesson_says_and_every_picture_is_m
             importlib.import_module(script.removesuffix(".py")).main([*words, *SMALL.get(script, [])])
             assert missing(quoted, capsys.readouterr().out, script not in SMALL) == [], command
     for name in explain.FIGURES:
-        made, kept = (Image.open(folder / f"docs/{name}.png") for folder in (scratch, REPOSITORY))
+        made, kept = (Image.open(folder / f"{name}.png") for folder in (scratch / "figures", REPOSITORY / "docs"))
         assert made.size == kept.size and made.width == 640 and len(made.convert("RGB").getcolors()) > 8, name
         assert 3_000 < (REPOSITORY / f"docs/{name}.png").stat().st_size < 60_000
     with pytest.raises(InputError, match="expected a run of --method mimic, found live"):
