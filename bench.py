@@ -289,20 +289,24 @@ def seconds_of(run, device):
     return clock(device) - began
 
 
-def side_by_side(args, ours, peer, **more):
-    """ours {what: call} and the peer's call (None: there is none), alternating after a warm-up that says their peaks → a row of
-    medians for each."""
-    device, calls, peaks = torch.device(args.device), {**ours, **({None: peer} if peer else {})}, {None: None}
+def side_by_side(args, ours, peer, n_bytes=0, repeats=None, **more):
+    """ours {what: call} and the peer's call (None: there is none) → a row for each: seconds are medians of `repeats` (default
+    args.repeats), alternating, after a first call of each that says its peak of memory and its FLOPs; 0: seconds of the first.
+
+    n_bytes: of the weights that a call reads, for its share of the ceiling."""
+    device, calls, firsts = torch.device(args.device), {**ours, **({None: peer} if peer else {})}, {}
     for what, call in calls.items():
-        with Peak(args.device) as peak:
-            call()
-        peaks[what] = peak.gib
+        with Peak(args.device) as peak, FlopCounterMode(display=False) as counter:
+            seconds = seconds_of(call, device)
+        firsts[what] = seconds, peak.gib, counter.get_total_flops()
     runs = {what: [] for what in calls}
-    for _ in range(args.repeats):
+    for _ in range(args.repeats if repeats is None else repeats):
         for what, call in calls.items():
             runs[what].append(seconds_of(call, device))
-    found = {what: statistics.median(r) for what, r in runs.items()}
-    return [row(what, found[what], found.get(None), peaks[what], peaks[None], **more) for what in ours]
+    seconds = {what: statistics.median(r or [firsts[what][0]]) for what, r in runs.items()}
+    return [row(what, seconds[what], seconds.get(None), firsts[what][1], firsts[None][1] if peer else None,
+                gflop=firsts[what][2] / 1e9, ceiling=share_of_ceiling(args, seconds[what], firsts[what][2], n_bytes), **more)
+            for what in ours]
 
 
 def row(what, ours_s, peer_s, peak, peer_peak, size="-", batch=1, about="", **more):
@@ -323,14 +327,10 @@ def ceilings(device, dtype):
     return 2 * n**3 / best(lambda: a @ a), b.numel() * dtype.itemsize / best(lambda: b @ x)
 
 
-def work(run):
-    """FLOPs of a call's matrix products."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
 def share_of_ceiling(args, seconds, flops, n_bytes):
+    """Of what the machine can do at best; None where its best was not measured."""
+    if not args.ceilings:
+        return None
     return max(flops / args.ceilings[0], n_bytes / args.ceilings[1]) / seconds
 
 
@@ -347,13 +347,13 @@ def bench_train(args, size):
         B = args.batch_size or 8
     mimic, images = MimIC.for_model(model), pictures(args, model.config, B * (SHOTS + 1))
     images = [x.to(model.dtype) for x in images]
-    began = clock(model.device)
-    with torch.no_grad():
-        features = dict(enumerate(encoded(model, images)))
-    one = (clock(model.device) - began) / len(images)
-    if size != "full":                                            # warm by now
-        every = [seconds_of(lambda: encoded(model, images), model.device) for _ in range(args.repeats)]
-        one = statistics.median(every) / len(images)
+    features, repeats = {}, 0 if args.slow(size) else args.repeats
+
+    @torch.no_grad()
+    def encode():
+        features.update(enumerate(encoded(model, images)))
+
+    one = statistics.median(seconds_of(encode, model.device) for _ in range(repeats + 1)) / len(images)
     settings, optimiser = parse([]), torch.optim.AdamW(mimic.parameters(), lr=1e-3)
 
     def step(batch):
@@ -367,9 +367,8 @@ def bench_train(args, size):
     batches = {what: random_batch(model.config, n_text, B, shared=shared)
                for what, shared in (("train_step", False), ("train_step_shared", True))}
     for found in side_by_side(args, {what: partial(step, batch) for what, batch in batches.items()},
-                              peer and partial(peer, batches["train_step"], images), size=size, batch=B):
-        flops, n_bytes = work(partial(step, batches[found["what"]])), 3 * weight_bytes(model.text_model)    # 3 passes
-        found |= {"gflop": flops / 1e9, "ceiling": share_of_ceiling(args, found["ours_s"], flops, n_bytes)}
+                              peer and partial(peer, batches["train_step"], images),
+                              3 * weight_bytes(model.text_model), repeats, size=size, batch=B):         # teacher, student, back
         found["about"] = (f"step {found['ours_s']:.3g} s + {B / EPOCHS:g} pictures of {one:.3g} s; "
                           f"{1000 * (found['ours_s'] / B + one / EPOCHS):.3g} ms a sample")
         found["ours_s"] += one * B / EPOCHS
@@ -381,15 +380,15 @@ def bench_train(args, size):
 # ---------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def bench_generate(args, size):
-    model, n_text, small = args.models(size), SIZES[size][1], size == "full" and args.device == "cpu"
+    model, n_text, small = args.models(size), SIZES[size][1], args.slow(size)
+    head, repeats = weight_bytes(model.text_model) + weight_bytes(model.lm_head), 0 if small else args.repeats
     peer, images = None if args.alone(size) else theirs(model, "sdpa"), pictures(args, model.config, 2 if small else SHOTS + 1)
     images = [x.to(model.dtype) for x in images]
     values, mask = (x.to(model.device) for x in padded_together(images))
     found, = side_by_side(args, {"encode": lambda: encoded(model, images)},
-                          peer and (lambda: peer.model.get_image_features(values, mask)), size=size, batch=len(images))
-    flops, n_bytes = work(lambda: encoded(model, images)), sum(map(weight_bytes, model.eyes))
-    yield found | {"gflop": flops / 1e9, "ceiling": share_of_ceiling(args, found["ours_s"], flops, n_bytes),
-                   "about": "pictures of several sizes; peer: padded to one"}
+                          peer and (lambda: peer.model.get_image_features(values, mask)),
+                          sum(map(weight_bytes, model.eyes)), repeats, size=size, batch=len(images))
+    yield found | {"about": "pictures of several sizes; peer: padded to one"}
     for B, beams in [(1, 1), (1, 3)] if small else [(1, 1), (1, 3), (16, 1), (16, 3)]:
         rows = random_batch(model.config, n_text, B, shots=0).student
         ids, mask, said = rows.input_ids[:, :-3].to(model.device), rows.attention_mask[:, :-3].to(model.device), {}
@@ -404,17 +403,16 @@ def bench_generate(args, size):
                 inputs_embeds=embedded, attention_mask=mask.long(), do_sample=False, max_new_tokens=NEW_TOKENS,
                 min_new_tokens=NEW_TOKENS, num_beams=beams, length_penalty=0.0)[:, -NEW_TOKENS:]
 
-        found, = side_by_side(args, {"generate": ours}, peer and other, size=size, batch=B, beams=beams)
-        flops, n_bytes = work(ours), NEW_TOKENS * (weight_bytes(model.text_model) + weight_bytes(model.lm_head))
+        found, = side_by_side(args, {"generate": ours}, peer and other, NEW_TOKENS * head, repeats, size=size, batch=B,
+                              beams=beams)
         alike = f"; {int((said['ours'] == said['peer']).all(1).sum())} of {B} answers equal" if peer else ""
-        yield found | {"gflop": flops / 1e9, "ceiling": share_of_ceiling(args, found["ours_s"], flops, n_bytes),
-                       "about": f"{beams} beams, {NEW_TOKENS} tokens{alike}"}
+        yield found | {"about": f"{beams} beams, {NEW_TOKENS} tokens{alike}"}
 
 
 @torch.no_grad()
 def bench_latency(args, size):
     model, n_text = args.models(size), SIZES[size][1]
-    c, repeats = model.config, args.repeats * (1 if size == "full" and args.device == "cpu" else 20)
+    c, repeats, n_bytes = model.config, 1 if args.slow(size) else 20 * args.repeats, weight_bytes(model.text_model)
     torch.manual_seed(0)
     live, mimic, picture = LIVE.for_model(model), MimIC.for_model(model), encoded(model, [
         x.to(model.dtype) for x in pictures(args, c, 1)])
@@ -433,20 +431,18 @@ def bench_latency(args, size):
         cache.length = ids.shape[1]
         model.lm_head(model.hidden_states(ids[:, -1:], F.pad(mask, (0, 1), value=True), None, shifts, cache=cache)[:, -1])
 
-    fast, n_bytes = argparse.Namespace(**{**vars(args), "repeats": repeats}), weight_bytes(model.text_model)
-    for B in (1,) if size == "full" and args.device == "cpu" else (1, 16):
+    for B in (1,) if args.slow(size) else (1, 16):
         given = prompt(B, 0)
         cache = prefill(*given)
         for name, shifts in ("mimic", mimic), ("live", live):
             for what, run in ("prefill", partial(prefill, *given)), ("decode", partial(decode, *given[:2], cache)):
-                found = side_by_side(fast, {f"{name}_{what}": partial(run, shifts)}, run, size=size, batch=B)[0]
-                flops = work(partial(run, shifts))
-                yield found | {"gflop": flops / 1e9, "ceiling": share_of_ceiling(args, found["ours_s"], flops, n_bytes),
-                               "about": f"{given[0].shape[1]} tokens; peer: no shifts"}
+                found, = side_by_side(args, {f"{name}_{what}": partial(run, shifts)}, run, n_bytes, repeats, size=size, batch=B)
+                yield found | {"about": f"{given[0].shape[1]} tokens; peer: no shifts"}
     one = prompt(1, 0)
-    for shots in 4, 8, 32:
+    for shots in (4, 8) if args.slow(size) else (4, 8, 32):
         many = prompt(1, shots)
-        found, = side_by_side(args, {f"mimic_prefill_{shots}": partial(prefill, *one, mimic)}, partial(prefill, *many), size=size)
+        found, = side_by_side(args, {f"mimic_prefill_{shots}": partial(prefill, *one, mimic)}, partial(prefill, *many), n_bytes,
+                              1 if args.slow(size) else args.repeats, size=size)
         yield found | {"about": f"{one[0].shape[1]} tokens; peer: {shots}-shot ICL, {many[0].shape[1]} tokens"}
 
 
@@ -657,6 +653,7 @@ def main(argv=None):
         kind, processor = classes_of(args.model)
         args.size, args.only = [Path(args.model).name], [name for name in args.only if name not in ("load", "fit")]
         SIZES[args.size[0]] = processor.config_class.from_file(Path(args.model) / "config.json"), 20, kind
+    args.slow = lambda size: size == "full" and cpu                                   # minutes a call: one of each
     args.alone = lambda size: not here or (size == "full" and cpu) or SIZES[size][2] is not Idefics2          # without a peer
     args.dtype_of = lambda size: args.dtype or ("float32" if cpu and size != "full" else "bfloat16")
 
