@@ -1,6 +1,6 @@
 """Data parallelism: what train.py and eval.py do with the other processes of torchrun. Alone, every function here does nothing.
 
-    torchrun --nproc-per-node 2 train.py --dataset okvqa --model FOLDER --data FOLDER
+    torchrun --nproc-per-node 2 -- train.py --dataset okvqa --model FOLDER --data FOLDER
 
 Every process runs the whole script with the whole model. Of each batch it computes its share; `add` sums gradients, `gather`
 brings answers together, and the first process writes the files. gloo between CPUs, nccl between GPUs, one process a GPU.

@@ -155,9 +155,10 @@ def model(request, tmp_path_factory):
 
 # Imports once, then forks for every order {"script", "words", "errors": file for stderr, "seconds": when to kill it, or null,
 # "signal": with what, "victim": which of its processes, "rows": not before log.csv (the last word names its folder) has so many
-# lines, "processes": how many, as torchrun starts them}; prints the exit statuses.
+# lines, "processes": how many, as torchrun starts them, "user": as whom, "limit": longest file in bytes, "more_memory": bytes
+# that it may take}; prints the exit statuses.
 HELPER = """
-import json, os, socket, sys, tempfile, time
+import json, os, re, resource, socket, sys, tempfile, time
 import train, eval as evaluation
 train.SAVE_SECONDS = 0.02
 with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as sys.stdout:     # imports what is imported at first use
@@ -183,8 +184,15 @@ for line in sys.stdin:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(os.open(order["errors"], os.O_WRONLY | os.O_APPEND), 2)
             sys.argv = [order["script"], *order["words"]]
+            if "limit" in order:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], order["limit"]))
+            if "more_memory" in order:
+                now = 1024 * int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1])
+                resource.setrlimit(resource.RLIMIT_DATA, (now + order["more_memory"],) * 2)
+            if "user" in order:
+                os.setuid(order["user"])
             try:
-                evaluation.run_command({"train.py": train.main, "eval.py": evaluation.main}[order["script"]])
+                evaluation.run_command({"train.py": train.main, "eval.py": evaluation.main}[order["script"]], goes_on=True)
                 os._exit(0)
             except SystemExit as e:
                 sys.stderr.flush()
