@@ -141,10 +141,33 @@ def records(path, key):
 
 def fields(record, path, **kinds):
     """The named values of a record, each of its kind; else InputError."""
+    if not isinstance(record, dict):
+        raise InputError(f"{path}: expected an object with {', '.join(kinds)}, found {record!r:.80}")
     for name, kind in kinds.items():
-        if not isinstance(record.get(name), kind) or isinstance(record.get(name), bool):
-            raise InputError(f"{path}: expected {name!r} of type {kind.__name__}, found {record.get(name)!r} in {record!s:.80}")
+        value = record.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise InputError(f"{path}: expected {name!r} of type {kind.__name__}, found {value!r:.80} in {record!r:.80}")
+        if kind is str and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as e:
+                raise InputError(f"{path}: expected text under {name!r}, found half a character in {value!r:.80} ({e.reason})"
+                                 ) from None
     return [record[name] for name in kinds]
+
+
+def text_or(default, record, path, name):
+    """The text under `name`, or the default if it is not there; InputError if it is something else."""
+    return default if record.get(name) is None else fields(record, path, **{name: str})[0]
+
+
+def once(numbers, path, name):
+    """Raises InputError for a number that is there twice."""
+    seen = set()
+    for number in numbers:
+        if number in seen:
+            raise InputError(f"{path}: expected every {name} once, found {number} twice")
+        seen.add(number)
 
 
 def load_vqa(dataset, root, split):
@@ -159,20 +182,24 @@ def load_vqa(dataset, root, split):
         listed = [q for q in listed if fields(q, questions, question_id=int)[0] in kept]
         if not listed:
             raise InputError(f"{questions}: expected questions of the published list, vqav2_val_questions.json, found none")
-    asked, truth = {fields(q, questions, question_id=int)[0] for q in listed}, {}
+    once((fields(q, questions, question_id=int)[0] for q in listed), questions, "question_id")
+    asked, truth = {q["question_id"] for q in listed}, {}
     annotated = annotations.exists() or split == "train"
     if annotated:                                       # without annotations a split can be answered, but not scored
         for a in records(annotations, "annotations"):
             question_id, answers = fields(a, annotations, question_id=int, answers=list)
             if question_id not in asked:
                 continue
-            scored = [fields(x, annotations, answer=str)[0] for x in answers if isinstance(x, dict)]
+            if question_id in truth:
+                raise InputError(f"{annotations}: expected every question_id once, found {question_id} twice")
+            scored = [fields(x, annotations, answer=str)[0] for x in answers]
             if not scored:
                 raise InputError(f"{annotations}: expected answers of question {question_id}, found none")
-            raw = [x.get("raw_answer", x["answer"]) for x in answers if isinstance(x, dict)]
-            target = a.get("multiple_choice_answer") or Counter(raw).most_common(1)[0][0]      # ties: the first
-            truth[question_id] = (scored, target, a.get("question_type", ""), a.get("answer_type", ""),
-                                  raw if dataset == "okvqa" else [])
+            raw = [text_or(x["answer"], x, annotations, "raw_answer") for x in answers]
+            target = text_or("", a, annotations, "multiple_choice_answer")
+            target = target or Counter(raw).most_common(1)[0][0]                                   # ties: the first
+            kinds = [text_or("", a, annotations, name) for name in ("question_type", "answer_type")]
+            truth[question_id] = (scored, target, *kinds, raw if dataset == "okvqa" else [])
     samples = []
     for q in listed:
         question_id, image_id, question = fields(q, questions, question_id=int, image_id=int, question=str)
@@ -198,7 +225,7 @@ def stemmer(root):
     for annotation in records(path, "annotations"):
         for a in fields(annotation, path, answers=list)[0]:
             stem, = fields(a, path, answer=str)
-            raw = a.get("raw_answer", stem)
+            raw = text_or(stem, a, path, "raw_answer")
             whole[raw] = stem
             if len(raw.split()) == len(stem.split()):
                 for r, s in zip(raw.split(), stem.split(), strict=True):
@@ -214,10 +241,14 @@ def load_captions(root, split):
     for image in records(path, "images"):
         if image.get("split") in wanted:
             image_id, folder, name, sentences = fields(image, path, cocoid=int, filepath=str, filename=str, sentences=list)
-            captions = [fields(s, path, raw=str)[0].strip() for s in sentences if isinstance(s, dict)]
+            captions = [fields(s, path, raw=str)[0].strip() for s in sentences]
             if not captions:
                 raise InputError(f"{path}: expected captions of image {image_id}, found none")
+            for part in folder, name:
+                if part in ("", ".", "..") or set(part) & set("/\\\0"):
+                    raise InputError(f"{path}: expected a plain name of a folder and of a file in it, found {folder!r}, {name!r}")
             samples.append(Sample(image_id, root / "coco" / folder / name, None, captions, captions[0], image_id))
+    once((s.id for s in samples), path, "cocoid")
     return samples
 
 
@@ -261,17 +292,41 @@ def pick_icds(pool, query, shots, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # Images and tokens
 # ---------------------------------------------------------------------------------------------------------------------
+# What the content of a file may be, whatever it is called. Not EPS, which Pillow has Ghostscript run.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MOST_PIXELS = 100_000_000
+Image.MAX_IMAGE_PIXELS = None     # Pillow's own limit, half of it a warning: `open_image` has that one
+
+
 def open_image(path, read=True):
     """The PIL image, its pixels read and the file closed; read=False: only its header."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS:,}: a decompression bomb")
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:        # MPO: a camera's JPEG with its preview
+                raise ValueError(f"an animation of {image.n_frames} frames")
             if read:
                 image.load()
             return image
     except FileNotFoundError:
         raise InputError(f"{path}: expected an image, found no file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise InputError(f"{path}: expected a complete image, found: {e}") from None
+    except Exception as e:                                           # decoders raise anything when the bytes are wrong
+        raise InputError(f"{path}: expected a complete image, found: {' '.join(str(e).split()) or type(e).__name__}") from None
+
+
+def readable(samples, skip=False):
+    """Looks at the pictures of the samples before the long work: at their headers, and raises InputError for the first bad one;
+    or, with skip, at all of their bytes → the samples with a good one, and what is wrong with each of the others' pictures."""
+    bad = {}
+    for s in {s.image_id: s for s in samples}.values():
+        try:
+            s.picture() if skip else s.picture_size()
+        except InputError as e:
+            if not skip:
+                raise
+            bad[s.image_id] = str(e)
+    return [s for s in samples if s.image_id not in bad], list(bad.values())
 
 
 def to_rgb(image):
@@ -280,6 +335,31 @@ def to_rgb(image):
         return image
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255)), image).convert("RGB")
+
+
+def checked_preprocessor(path):
+    """The object in preprocessor_config.json. Raises InputError for numbers that no picture can be made with."""
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected an object, found {raw!r:.80}")
+
+    def numbers(values):
+        return all(isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e4 for x in values)
+
+    size = raw.get("size")
+    for x in (*(size.values() if isinstance(size, dict) else [size]), raw.get("image_size")):
+        if x is not None and (type(x) is not int or not 0 < x < 10_000):
+            raise InputError(f"{path}: expected sizes in pixels, found {x!r:.80}")
+    for name, positive in ("image_mean", False), ("image_std", True):
+        x = raw.get(name)
+        if x is not None and not (isinstance(x, list) and len(x) == 3 and numbers(x) and (not positive or min(x) > 0)):
+            raise InputError(f"{path}: expected {name} of three numbers, found {x!r:.80}")
+    scale, resample = raw.get("rescale_factor"), raw.get("resample")
+    if scale is not None and not (numbers([scale]) and scale > 0):
+        raise InputError(f"{path}: expected rescale_factor to be a positive number, found {scale!r:.80}")
+    if resample is not None and (type(resample) is not int or resample not in range(6)):
+        raise InputError(f"{path}: expected resample in 0 … 5, found {resample!r:.80}")
+    return raw
 
 
 class Processor:
@@ -316,7 +396,7 @@ class Processor:
             raise InputError(f"{path}: expected <image> to be token {config.image_token_id} as in config.json, found {found}")
         path, options = folder / "preprocessor_config.json", {}
         if path.exists():
-            raw = read_json(path)
+            raw = checked_preprocessor(path)
             options = {**cls.options(raw), "mean": raw.get("image_mean"), "std": raw.get("image_std"),
                        "rescale": raw.get("rescale_factor"), "resample": raw.get("resample")}
         return cls(tokenizer, config, **{k: v for k, v in options.items() if v is not None})
@@ -378,7 +458,10 @@ class Processor:
 
     def encode_with_offsets(self, text):
         """→ ids, and the place in `text` where each token starts (<s>: −1)."""
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        try:
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        except Exception as e:                                       # the library raises nothing more specific
+            raise InputError(f"tokenizer.json: expected ids for {text!r:.80}, found: {e}") from None
         return [self.bos_id, *encoding.ids], [-1, *(start for start, _ in encoding.offsets)]
 
     def decode(self, ids):
@@ -514,4 +597,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     from eval import run_command
-    run_command(main)
+    run_command(main, goes_on=sys.argv[1:2] == ["fetch"])

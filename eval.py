@@ -36,7 +36,7 @@ from baselines.live import LIVE
 from baselines.lora import LoRA
 from baselines.prompt_tuning import PromptTuning
 from baselines.stave import STAVE
-from data import DATASETS, Processor, load, pick_icds, prompts, train_dev
+from data import DATASETS, Processor, load, pick_icds, prompts, readable, train_dev
 from features import encode_images, gather, sees_alike
 from idefics1 import Idefics1, Idefics1Processor
 from metrics import cider, vqa_accuracy  # noqa: F401 (from eval import cider, vqa_accuracy)
@@ -167,7 +167,10 @@ def clock(device):
 # ---------------------------------------------------------------------------------------------------------------------
 def read_lines(path):
     """The lines of a file, none if it is not there. (splitlines would cut at characters that JSON leaves as they are.)"""
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+    try:
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: expected text, found bytes that are none ({e})") from None
 
 
 def make_folder(path):
@@ -208,7 +211,7 @@ def kept_answers(folder, row, settings, resume):
     make_folder(folder / "answers")
     files, mine = sorted((folder / "answers").glob(f"{name}-*.jsonl")), folder / f"answers/{name}-{rank()}.jsonl"
     for path in files if resume else ():
-        *lines, torn = path.read_text(encoding="utf-8").split("\n")
+        *lines, torn = path.read_bytes().split(b"\n")
         try:
             records = [json.loads(line) for line in lines]
             if any(len(r["answers"]) != len(r["queries"]) or r["tokens"] + r["seconds"] < 0 for r in records):
@@ -218,7 +221,7 @@ def kept_answers(folder, row, settings, resume):
         done += records
         if torn and path == mine:
             with written_whole(path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+                temporary.write_bytes(b"".join(line + b"\n" for line in lines))
     wait()                                                     # nobody writes before all have read
     if rank() == 0 and not resume:
         for path in files:
@@ -305,6 +308,8 @@ def add_common_arguments(parser):
     data.add_argument("--dev-samples", type=int, default=200,
                       help="more training samples, not trained on, that choose the epoch (default %(default)s; a sixth at most)")
     data.add_argument("--seed", type=int, default=0, help="draws samples, ICDs and the adapter's start (default %(default)s)")
+    data.add_argument("--skip-bad-images", action="store_true",
+                      help="leave out samples whose picture is missing or damaged, and list them (default: one is an error)")
     data.add_argument("--limit", type=int, default=None, metavar="N", help="evaluate the first N items only (default: all)")
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="checkpoints/tiny", metavar="FOLDER",
@@ -332,6 +337,11 @@ def resolve(args):
         value = getattr(args, name, None)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, found {value}")
+    for name, (least, most) in {"length_penalty": (-100, 100), "lr": (0, 1e3), "warmup": (0, 1), "weight_decay": (0, 1e3),
+                                "clip": (1e-9, 1e9), "lambda_align": (0, 1e6), "lambda_ce": (0, 1e6)}.items():
+        value = getattr(args, name, None)
+        if value is not None and not least <= value <= most:
+            raise InputError(f"--{name.replace('_', '-')}: expected {least:g} to {most:g}, found {value:g}")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     try:
@@ -405,6 +415,7 @@ def main(argv=None):
                      help="score a result file (VQA's or COCO's format) without a model")
     run.add_argument("--chair", default=None, metavar="FILE",
                      help="with --score of captions: lines `node, synonym, …`; adds CHAIRs, CHAIRi and recall")
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.table:
         mine = ("run", "method", "shots", "order", "restore_shots", "split", "score", "chair", "official")
@@ -426,9 +437,7 @@ def main(argv=None):
             raise InputError(f"{args.run}/args.json: expected the arguments of a run of train.py, found something else")
         if args.method or args.shots is not None:
             raise InputError("--run: expected neither --method nor --shots beside it, found one")
-        mine = {k: v for k, v in saved.items() if k in vars(args) and k not in ("out", "shots", "method", "device", "limit")}
-        parser.set_defaults(**mine)
-        args = parser.parse_args(argv)
+        args = parser.parse_args([*saved_words(saved, args, parser, Path(args.run) / "args.json"), *argv])
     elif args.restore_shots is not None:
         raise InputError(f"--restore-shots {args.restore_shots}: expected --run beside it, found none")
     if args.method == "zero-shot" and args.shots:
@@ -443,30 +452,28 @@ def main(argv=None):
     kind = classes_of(args.model)[0]
     default = kind.shots if SHOTS[args.method] is None else SHOTS[args.method]
     shots = args.restore_shots or 0 if args.run else default if args.shots is None else args.shots
-    device = join(args.device)
-    model, processor = load_model(args.model, device, args.dtype,
-                                  lambda config, _: memory.check(args, config, 0, (shots,), kind=kind))
+    device, method = join(args.device), saved["method"] if args.run else args.method
     split = args.split or DATASETS[args.dataset].eval_split
     queries = load(args.dataset, args.data, split, args.task)[:args.limit]
+    pool, dev = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task) if shots else ((), ())
+    if method in VECTORS and args.shots is None:
+        shots = max(least, min(shots, len(pool) - 1))          # few training samples: shorter prompts
+    pool, dev, queries = with_pictures(args, pool, dev, queries)
+    if shots:
+        pick_icds(pool, pool[0], shots, "")                    # too few even so? say it before the long work
+    model, processor = load_model(args.model, device, args.dtype,
+                                  lambda config, _: memory.check(args, config, 0, (shots,), kind=kind))
     options, folder = generation_options(args, processor), Path(args.out or args.run or f"runs/{args.dataset}-{args.method}")
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "run", "resume", "score", "chair", "table")}
     options |= {"settings": settings, "resume": args.resume}
     if args.run:
-        method = saved["method"]
         path = Path(args.run) / f"{method}.safetensors"
         adapter = ADAPTERS[method].load(path).to(device)
         check_fits(adapter, model, path)
         settings["adapter"] = hashlib.sha256(path.read_bytes()).hexdigest()
         options |= {"shifts": adapter, "parameters": count(adapter)}
-        trained = [r["train_seconds"] for r in read_rows(Path(args.run) / "results.json") if r["method"] == method]
+        trained = [r.get("train_seconds") for r in read_rows(Path(args.run) / "results.json") if r["method"] == method]
         options["train_seconds"] = trained[0] if trained else 0
-    else:
-        method = args.method
-    pool, dev = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task) if shots else ((), ())
-    if method in VECTORS and args.shots is None:
-        shots = max(least, min(shots, len(pool) - 1))          # few training samples: shorter prompts
-    if shots:
-        pick_icds(pool, pool[0], shots, "")                    # too few even so? say it before the long work
     make_folder(folder)
     if method in VECTORS:
         options |= make_vector(args, model, processor, pool, dev, shots, folder, settings)
@@ -483,6 +490,39 @@ def main(argv=None):
     return row
 
 
+def saved_words(saved, args, parser, path):
+    """The arguments of a run as words of a command line, those that eval.py has too. Raises InputError if they are none."""
+    words = []
+    for name, value in saved.items():
+        if name in vars(args) and name not in ("out", "run", "shots", "method", "device", "limit", "resume"):
+            option = f"--{name.replace('_', '-')}"
+            words += [option] if value is True else [] if value is None or value is False else [f"{option}={value}"]
+
+    def refuse(message):
+        raise InputError(f"{path}: expected the arguments of a run of train.py, found one that is none: {message}")
+
+    parser.error, error = refuse, parser.error
+    parser.parse_args(words)
+    parser.error = error
+    return words
+
+
+def with_pictures(args, *parts):
+    """The lists of samples, their pictures looked at: `data.readable`; with --skip-bad-images without those of bad ones, which
+    are counted and listed. Raises InputError if a list that had samples has none left."""
+    found, bad = [], {}
+    for part in parts:
+        kept, problems = readable(part, args.skip_bad_images)
+        bad |= dict.fromkeys(problems)
+        found.append(kept)
+        if part and not kept:
+            raise InputError(f"{args.data}: expected a readable picture, found none in {len(part)}; the first: {problems[0]}")
+    if args.skip_bad_images:
+        left_out = sum(map(len, parts)) - sum(map(len, found))
+        print("\n".join([f"--skip-bad-images: {len(bad)} bad pictures, {left_out} samples left out", *bad]))
+    return found
+
+
 def count(adapter):
     """Its trained parameters."""
     return sum(p.numel() for p in adapter.parameters() if p.requires_grad)
@@ -497,8 +537,8 @@ def check_fits(adapter, model, where):
                              f"found {found.get(name, 'none')}")
 
 
-def run_command(main):
-    """Runs a command line: the user's mistakes are one line and exit status 2, ours a traceback."""
+def run_command(main, goes_on=False):
+    """Runs a command line: the user's mistakes are one line and exit status 2, ours a traceback. goes_on: it knows --resume."""
     try:
         main()
     except InputError as e:
@@ -509,10 +549,10 @@ def run_command(main):
         sys.exit(2)
     except KeyboardInterrupt:
         if rank() == 0:
-            print(f"interrupted; this goes on:\n    {command_to_go_on()}", file=sys.stderr)
+            print("interrupted" + (f"; this goes on:\n    {command_to_go_on()}" if goes_on else ""), file=sys.stderr)
         sys.exit(130)
     leave()
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, goes_on=True)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from tqdm import tqdm
 
-from model import read_json
+from model import InputError, read_json
 from results import write_atomically
 
 PIXELS_AT_ONCE = 2_000_000        # pixels the vision tower encodes together: six COCO pictures, or a thousand toy ones
@@ -24,7 +24,7 @@ class Features(Mapping):
     what has been encoded is there again after a crash.
 
     path.bin has a row for each of image_ids, in their order; path.json says whose are filled, and the form of a row. Raises
-    OSError if the disk is too small for all rows."""
+    InputError if the disk is too small for all rows."""
 
     def __init__(self, path, image_ids):
         self.data, self.index = path.with_suffix(".bin"), path.with_suffix(".json")
@@ -37,8 +37,12 @@ class Features(Mapping):
 
     def open(self, shape, dtype):
         n = len(self.row) * math.prod(shape)
-        with open(self.data, "r+b" if self.filled else "wb") as file:       # all of it now: no write to a map can fail in words
-            os.posix_fallocate(file.fileno(), 0, n * dtype.itemsize)
+        try:
+            with open(self.data, "r+b" if self.filled else "wb") as file:   # all of it now: no write to a map can fail in words
+                os.posix_fallocate(file.fileno(), 0, n * dtype.itemsize)
+        except OSError as e:
+            raise InputError(f"{self.data}: expected room for {n * dtype.itemsize / 1e9:.3g} GB of features, found: {e.strerror}"
+                             ) from None
         self.rows = torch.from_file(str(self.data), shared=True, size=n, dtype=dtype).view(-1, *shape)
 
     def __getitem__(self, image_id):

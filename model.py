@@ -13,7 +13,6 @@ behaviour is that of transformers' Idefics2ForConditionalGeneration, which the t
 
 import contextlib
 import json
-import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -35,7 +34,7 @@ def read_json(path):
     except FileNotFoundError:
         raise InputError(f"{path}: expected a JSON file, found nothing") from None
     except OSError as e:
-        raise InputError(f"{path}: expected a readable JSON file: {e.strerror}") from None
+        raise InputError(f"{path}: expected a readable JSON file, found: {e.strerror}") from None
     except (ValueError, RecursionError) as e:             # of json, of the encoding, or of a number of thousands of digits
         raise InputError(f"{path}: expected complete JSON, found: {e}") from None
 
@@ -187,12 +186,14 @@ def fill(kind, part, path, prefix=""):
             value = 0
         if value is None:
             continue
-        number = isinstance(value, (int, float)) and math.isfinite(value) and isinstance(value, bool) == (f.type is bool)
+        number = isinstance(value, (int, float)) and abs(value) < 2**31 and isinstance(value, bool) == (f.type is bool)
         if not number or (f.type is int and value != int(value)):
             refuse(path, f"{prefix}{f.name}", f"to be {f.type.__name__}", value)
         zero = f.default == 0 or "token_id" in f.name or f.name == "sliding_window" or f.type is bool
         if value < 0 or (value == 0 and not zero):
             refuse(path, f"{prefix}{f.name}", "to be positive", value)
+        if value > 1000 and f.name.endswith(("_layers", "_depth")):
+            refuse(path, f"{prefix}{f.name}", "to be 1000 at most", value)
         values[f.name] = f.type(value)
     return kind(**values)
 
@@ -607,7 +608,7 @@ class Idefics2(nn.Module):
                 raise InputError(f"{path}: expected bad_words_ids of one token each, found {banned}")
             banned = [word[0] for word in banned]
             if generation.get("pad_token_id") is not None:
-                config.text.pad_token_id = generation["pad_token_id"]
+                config.text.pad_token_id = whole_number(generation, "pad_token_id", 0, path)
         with torch.device("meta"):
             model = cls(config, ends, banned)
         model.load_state_dict(read_tensors(folder, model.state_dict(), dtype, device), assign=True)
@@ -708,6 +709,8 @@ class Idefics2(nn.Module):
             return self.lm_head(states[:, -1]).float()
 
         logits = next_logits(input_ids, image_features)
+        if not logits.isfinite().all():
+            raise InputError(f"expected finite logits, found others; {not_finite(self)}")
         shifts = None if shifts is None else shifts.while_decoding
         if num_beams > 1:
             cache.repeat(num_beams)
@@ -775,12 +778,19 @@ class BeamSearch:
         return self.best_ids[:, 0, :self.t]
 
 
+def not_finite(model):
+    """Which of the weights to blame for a number that is none."""
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    return f"not finite are the weights {', '.join(bad)}" if bad else "the model's weights are all finite"
+
+
 def read_tensors(folder, expected, dtype, device):
     """The tensors of model.safetensors, or of the shards its index names, as `expected` (name → tensor) wants them."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = content.get("weight_map") if isinstance(content := read_json(index), dict) else None
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        if not isinstance(weight_map, dict) or not all(
+                isinstance(name, str) and name == Path(name).name != ".." for name in weight_map.values()):
             raise InputError(f"{index}: expected a weight_map of tensor names to file names, found none")
         files = [folder / name for name in sorted(set(weight_map.values()))]
     else:
@@ -802,8 +812,10 @@ def read_tensors(folder, expected, dtype, device):
                         unexpected.append(name)
                     elif shape != tuple(expected[name].shape):
                         misshapen.append(f"{name} {list(shape)} instead of {list(expected[name].shape)}")
+                    elif not (x := f.get_tensor(name)).is_floating_point():
+                        raise InputError(f"{file}: expected {name} of floating point, found {x.dtype}")
                     else:
-                        tensors[name] = f.get_tensor(name).to(device, dtype)
+                        tensors[name] = x.to(device, dtype)
         except (SafetensorError, OSError) as e:
             raise InputError(f"{file}: expected a complete safetensors file, found: {e}") from None
     missing = sorted(expected.keys() - found.keys())

@@ -1,6 +1,6 @@
 """Data parallelism: what train.py and eval.py do with the other processes of torchrun. Alone, every function here does nothing.
 
-    torchrun --nproc-per-node 2 train.py --dataset okvqa --model FOLDER --data FOLDER
+    torchrun --nproc-per-node 2 -- train.py --dataset okvqa --model FOLDER --data FOLDER
 
 Every process runs the whole script with the whole model. Of each batch it computes its share; `add` sums gradients, `gather`
 brings answers together, and the first process writes the files. gloo between CPUs, nccl between GPUs, one process a GPU.
@@ -9,6 +9,7 @@ brings answers together, and the first process writes the files. gloo between CP
 import json
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,8 @@ def join(device):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if not joined():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        # hours, because the first process encodes all pictures; whoever dies is noticed by the others, or by torchrun, at once
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=12))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return device

@@ -78,4 +78,4 @@ def held_back():
 def command_to_go_on():
     """The command line of this process, with --resume."""
     words = [*sys.argv, *(["--resume"] if "--resume" not in sys.argv else [])]
-    return shlex.join(["python", *words] if world() == 1 else ["torchrun", "--nproc-per-node", str(world()), *words])
+    return shlex.join(["python", *words] if world() == 1 else ["torchrun", "--nproc-per-node", str(world()), "--", *words])

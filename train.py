@@ -9,7 +9,7 @@
 Trains on --samples of the training split, chooses the epoch by the score on --dev-samples others, then evaluates on the
 dataset's evaluation split, which training never sees. --out gets args.json, log.csv, METHOD.safetensors, results.json and
 predictions.jsonl; `python eval.py --run FOLDER` evaluates again. What was interrupted or killed goes on, to the same bits, by
-the same command with --resume. On N devices: `torchrun --nproc-per-node N train.py …`, which takes the same steps.
+the same command with --resume. On N devices: `torchrun --nproc-per-node N -- train.py …`, which takes the same steps.
 """
 
 import argparse
@@ -50,12 +50,13 @@ from eval import (
     score,
     table,
     template_of,
+    with_pictures,
     write_atomically,
 )
 from features import Features, encode_images, gather, sees_alike
 from fit import fit, is_demonstration, plan, seconds_of
 from mimic import Recorder, align_loss
-from model import InputError, KVCache, read_json
+from model import InputError, KVCache, not_finite, read_json
 from parallel import add, join, rank, share, wait, world
 from resume import held_back, load_state, save_state
 
@@ -329,7 +330,7 @@ def train(args, model, processor, adapter, samples, dev, test, features, folder,
                 if not math.isfinite(align + ce + norm):
                     raise InputError(
                         f"step {step + 1}: expected finite losses and gradients, found align {align}, ce {ce}, gradient {norm} "
-                        f"for the samples {[q.id for queries in micro for q in queries]}; last good: "
+                        f"for the samples {[q.id for queries in micro for q in queries]} ({not_finite(model)}); last good: "
                         + (" and ".join(str(p) for p in (path, state) if p.exists()) or "none yet"))
                 for group, lr in zip(optimiser.param_groups, highest, strict=True):
                     group["lr"] = lr * learning_rate(step, steps, args.warmup)
@@ -500,6 +501,7 @@ def main(argv=None):
     samples, dev = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task)
     split = DATASETS[args.dataset].eval_split
     queries = load(args.dataset, args.data, split, args.task)[:args.limit]
+    samples, dev, queries = with_pictures(args, samples, dev, queries)
     args.epochs = args.epochs or next(n or classes_of(args.model)[0].epochs for most, n in EPOCHS if len(samples) <= most)
     demonstrations(args, samples, samples[:args.batch_size], 0)           # too few samples? say it before the long work
     if is_finished(args):
@@ -556,4 +558,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, goes_on=True)

@@ -116,6 +116,8 @@ class LoRA(nn.Module, Shifts):
             rank, alpha, dropout = int(about["rank"]), float(about["alpha"]), float(about["dropout"])
             if not names or len(tensors) != 2 * len(names) or any(A[n][0] != rank or B[n][1] != rank for n in names):
                 raise ValueError
+            if about["scope"] not in ("text", "all") or not 0 < alpha < 1e6 or not 0 <= dropout < 1:
+                raise ValueError
             lora = cls(shapes, rank, alpha, dropout, targets=about["targets"], scope=about["scope"])
         except (KeyError, ValueError, IndexError, ZeroDivisionError):
             raise InputError(f"{path}: expected a LoRA adapter with A.name (r,d_in), B.name (d_out,r) and its rank, found "

@@ -38,6 +38,10 @@ def image_vectors(model, samples, encode, path):
     tower, vectors = fingerprint(model), {}
     if Path(path).exists():
         tensors, about = read_whole(path, "image vectors of RICES", (torch.float32, torch.int64))
+        shapes = {name: (x.dtype, len(x), x.ndim) for name, x in tensors.items() if x.ndim}
+        n = len(tensors.get("image_ids", ()))
+        if shapes != {"image_ids": (torch.int64, n, 1), "vectors": (torch.float32, n, 2)}:
+            raise InputError(f"{path}: expected image_ids (N) and vectors (N,d), found {', '.join(tensors)}; delete it")
         if about.get("tower") == tower:
             vectors = dict(zip(tensors["image_ids"].tolist(), tensors["vectors"], strict=True))
     missing = list({s.image_id: s for s in samples if s.image_id not in vectors}.values())

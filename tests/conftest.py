@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # threads that spin at barriers are 5 times slower on a busy machine
@@ -149,3 +151,80 @@ def model(request, tmp_path_factory):
     """Three random layers in float64, vocabulary 100, picture token 99; either model."""
     folder = save_model(tmp_path_factory.mktemp("model"), small(request.param, 100))
     return classes_of(folder)[0].from_pretrained(folder, torch.float64)
+
+
+# Imports once, then forks for every order {"script", "words", "errors": file for stderr, "seconds": when to kill it, or null,
+# "signal": with what, "victim": which of its processes, "rows": not before log.csv (the last word names its folder) has so many
+# lines, "processes": how many, as torchrun starts them, "user": as whom, "limit": longest file in bytes, "more_memory": bytes
+# that it may take}; prints the exit statuses.
+HELPER = """
+import json, os, re, resource, socket, sys, tempfile, time
+import train, eval as evaluation
+train.SAVE_SECONDS = 0.02
+with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as sys.stdout:     # imports what is imported at first use
+    train.main(["--samples", "4", "--dev-samples", "2", "--limit", "1", "--epochs", "1", "--shots", "1", "--compare", "--out",
+                folder])
+sys.stdout = sys.__stdout__
+print(0, flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    log, n, children = os.path.join(order["words"][-1], "log.csv"), order.get("processes", 1), []
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    open(order["errors"], "w").close()
+    for rank in range(n):
+        children.append(os.fork())
+        if not children[-1]:
+            if n > 1:
+                os.environ |= {"WORLD_SIZE": str(n), "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                               "MASTER_PORT": port}
+            if "save_seconds" in order:
+                train.SAVE_SECONDS = order["save_seconds"]
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(os.open(order["errors"], os.O_WRONLY | os.O_APPEND), 2)
+            sys.argv = [order["script"], *order["words"]]
+            if "limit" in order:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], order["limit"]))
+            if "more_memory" in order:
+                now = 1024 * int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1])
+                resource.setrlimit(resource.RLIMIT_DATA, (now + order["more_memory"],) * 2)
+            if "user" in order:
+                os.setuid(order["user"])
+            try:
+                evaluation.run_command({"train.py": train.main, "eval.py": evaluation.main}[order["script"]], goes_on=True)
+                os._exit(0)
+            except SystemExit as e:
+                sys.stderr.flush()
+                os._exit(e.code)
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+                os._exit(1)
+    if order["seconds"] is not None:
+        while order.get("rows") and not (os.path.exists(log) and len(open(log).readlines()) >= order["rows"]):
+            time.sleep(0.005)
+        time.sleep(order["seconds"])
+        os.kill(children[order.get("victim", 0)], order.get("signal", 9))
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory):
+    """command(script, words, seconds=None, …) → exit status (−9: killed) or, of several processes, the list; text on stderr."""
+    helper = subprocess.Popen([sys.executable, "-c", HELPER], cwd=Path(__file__).resolve().parents[1], text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert helper.stdout.readline() == "0\n"
+    errors = tmp_path_factory.mktemp("errors") / "stderr"
+
+    def run(script, words, seconds=None, **more):
+        order = {"script": script, "words": [*map(str, words)], "seconds": seconds, "errors": str(errors), **more}
+        print(json.dumps(order), file=helper.stdin, flush=True)
+        statuses = json.loads(helper.stdout.readline())
+        return statuses[0] if len(statuses) == 1 else statuses, errors.read_text()
+
+    yield run
+    helper.stdin.close()
+    helper.stdout.close()
+    assert helper.wait() == 0
