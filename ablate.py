@@ -14,6 +14,8 @@ import contextlib
 import importlib.util
 import json
 import os
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -130,11 +132,23 @@ def run(dataset, options, task, seed, out, common=()):
     return json.loads((out / "results.json").read_text())[-1]
 
 
+def end_with_parent():
+    """A worker of a command that was killed ends with it, or it would write where the next call of the command goes on."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_all(group, dataset, only, tasks, seeds, workers, out, common=()):
     """The rows of a group → {name: {(task, seed): row of results.json}}; workers runs at a time. What a dataset or a model is no
     good for is an InputError in the place of its row, unless nothing else comes of the group."""
     rows, jobs = {name: {} for name in GROUPS[group] if only is None or name in only}, {}
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
         for task in tasks:
             for seed in seeds:
                 for name in rows:

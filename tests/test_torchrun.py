@@ -76,7 +76,8 @@ def test_what_two_processes_began_one_finishes_and_the_other_way_round(command, 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(command, tmp_path):
     words = [*TRAIN, "--shots", "1", "--compare", "--out", tmp_path / "run"]
     statuses, errors = command("train.py", words, 0.0, rows=3, processes=2, victim=1, signal=15)
-    assert statuses == [130, 130] and "torchrun --nproc-per-node 2 -- train.py " in errors and errors.rstrip().endswith("--resume")
+    assert statuses == [130, 130] and errors.rstrip().endswith("--resume"), errors
+    assert "interrupted; this goes on:\n    torchrun --nproc-per-node 2 -- train.py " in errors
 
 
 @pytest.mark.parametrize("victim", [0, 1])
