@@ -69,6 +69,7 @@ GROUPS = {                                          # group → row → options 
         "teacher-1-shot": ["--shots", "1"],
         "teacher-2-shots": ["--shots", "2"],
         "teacher-4-shots": ["--shots", "4"],
+        "share-icds": ["--share-icds"],
         "draws-1": ["--draws", "1"],
         "draws-2": ["--draws", "2"],
         "official": ["--official"],
