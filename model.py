@@ -230,7 +230,7 @@ def fused_attention(q, k, v, mask):
     Arguments and results as `attention`, but rows with no allowed key have lse = 0 and mean nothing."""
     if q.device.type != "cpu":                # the kernels of other devices want each their own form of mask, and keys repeated
         return attention(q, k, v, mask)
-    bias = mask.to(q.dtype).log()             # added to the scores: log 1 = 0, log 0 = −inf
+    bias = torch.where(mask, 0.0, -torch.inf).to(q.dtype)                                         # added to the scores
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
 
 
@@ -749,12 +749,11 @@ class BeamSearch:
     def step(self, logits):
         """logits (B,vocab) at first, then (B·K,vocab) → the beams' new tokens and the rows they continue, (B·K,) each."""
         B, K = self.B, self.K
-        rows, log_sum = logits.shape[0] // B, logits.logsumexp(-1, keepdim=True)      # beams that came in: 1 at first, then K
-        n = min(K * max(2, 1 + len(self.ends)), logits.shape[1])                      # of no beam more than n can be taken
-        best, token = logits.index_fill(1, self.banned, -torch.inf).topk(n)           # the others' scores are as without the ban
-        total = self.score[:, :rows, None] + (best - log_sum).view(B, rows, n)
-        top, at = total.flatten(1).topk(n)
-        parent, token = at // n, token.view(B, -1).gather(1, at)
+        logp = logits.log_softmax(-1).index_fill(1, self.banned, -torch.inf)      # the other scores are as without the ban
+        rows = logp.shape[0] // B                     # beams of a prompt that came in: 1 at first, then K
+        total = (self.score[:, :rows, None] + logp.view(B, rows, -1)).flatten(1)
+        top, at = total.topk(min(K * max(2, 1 + len(self.ends)), total.shape[1]))
+        parent, token = at // logp.shape[1], at % logp.shape[1]
         ids = self.ids.gather(1, parent[:, :, None].expand(-1, -1, self.max))
         ids[:, :, self.t] = token
         self.t += 1
