@@ -49,7 +49,7 @@ def killed_often(command, script, words, folder, expected, least, moments):
     """Kills and resumes until it is through, and again in another folder until there were `least` kills → the kills of each."""
     kills = [0]
     while True:
-        moment = moments() * (1 + kills[-1] / 20)              # a machine that has become slow gets more time
+        moment = moments() * 1.05 ** kills[-1]                 # a machine that has become slow gets more time, and then more
         status, errors = command(script, [*words, "--resume", "--out", folder / str(len(kills))], moment)
         assert status in (0, -9), errors
         kills[-1] += status != 0
