@@ -2,8 +2,8 @@
 
 Weights are counted by their shapes. What autograd keeps of the student's pass is counted by running that very pass on the meta
 device, where tensors have shapes and no memory. The rest, the widest moment of a pass without gradients and the decoder's
-cache, are short formulas. An estimate: prompts are taken to have TEXT_TOKENS tokens of text an example, and the attention to
-pictures of a decoder that has it, a few per cent, is left out.
+cache, are short formulas. An estimate: prompts are taken to have TEXT_TOKENS tokens of text an example, and what a decoder that
+looks at pictures by cross-attention keeps of them is left out.
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 from features import PIXELS_AT_ONCE
 from model import Idefics2, InputError
 
-TEXT_TOKENS = 32                  # of a question with its template and answer: OK-VQA's have 26 on average
+TEXT_TOKENS = 32                  # of a question with its template and answer: more than OK-VQA's have on average
 GIB = 2 ** 30
 
 

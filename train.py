@@ -94,8 +94,8 @@ def parse(argv):
                         help="different sets of demonstrations a query meets; 0 (default) = a new one every epoch, or for the "
                              "layer-wise fit as many as make 1,000 pairs of query and set, 10 at most")
     method.add_argument("--share-icds", action="store_true",
-                        help="the queries of a batch meet the same demonstrations, which the teacher then reads once (about "
-                             "--batch-size times faster; other draws of the training data, see BENCHMARKS.md)")
+                        help="the queries of a batch meet the same demonstrations, which the teacher then reads once: faster, "
+                             "and as good on the toy (BENCHMARKS.md, LOG.md)")
     method.add_argument("--fit-tokens", choices=("all", "text", "answer"), default="all",
                         help="where the layer-wise fit looks: all tokens of query and answer (default), all but image tokens, or "
                              "the answer's alone")
