@@ -33,6 +33,7 @@ import ctypes
 import gc
 import importlib.util
 import json
+import math
 import multiprocessing
 import resource
 import statistics
@@ -54,6 +55,7 @@ from data import Batch, Rows
 from eval import classes_of, clock, run_command, write_atomically
 from features import PIXELS_AT_ONCE, gather
 from fit import advance, fit, fit_layer, is_demonstration, plan, student, teacher
+from memory import keep_freed
 from metrics import cider
 from mimic import MimIC
 from model import Config, Idefics2, InputError, KVCache, PerceiverConfig, TextConfig, VisionConfig, read_json
@@ -69,6 +71,7 @@ COCO_SIZES = (640, 480), (480, 640), (640, 427), (640, 480)        # pixels
 SHOTS, EPOCHS, SAMPLES = 8, 5, 1000    # of the training whose step is measured
 NEW_TOKENS = 10
 MEMORY_GB = 0.12                       # of the layer-wise fit
+FLOPS = {torch.ops.mkldnn._linear_pointwise: lambda x, w, *_, **__: 2 * math.prod(x) * w[0]}     # of model.Linear, by shapes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,7 +299,7 @@ def side_by_side(args, ours, peer, n_bytes=0, repeats=None, **more):
     n_bytes: of the weights that a call reads, for its share of the ceiling."""
     device, calls, firsts = torch.device(args.device), {**ours, **({None: peer} if peer else {})}, {}
     for what, call in calls.items():
-        with Peak(args.device) as peak, FlopCounterMode(display=False) as counter:
+        with Peak(args.device) as peak, FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
             seconds = seconds_of(call, device)
         firsts[what] = seconds, peak.gib, counter.get_total_flops()
     runs = {what: [] for what in calls}
@@ -452,6 +455,7 @@ def bench_latency(args, size):
 def alone(function, queue, threads, *arguments):
     """In a process of its own: what the function returns, and its peak memory in GiB, the model's own weights included."""
     torch.set_num_threads(threads)
+    keep_freed()
     found, cuda = function(*arguments), arguments[1].startswith("cuda")
     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     queue.put((found, peak / 2**30))

@@ -539,6 +539,7 @@ def check_fits(adapter, model, where):
 
 def run_command(main, goes_on=False):
     """Runs a command line: the user's mistakes are one line and exit status 2, ours a traceback. goes_on: it knows --resume."""
+    memory.keep_freed()
     try:
         main()
     except InputError as e:

@@ -28,6 +28,7 @@ from model import (
     Config,
     Idefics2,
     InputError,
+    Linear,
     RMSNorm,
     SwiGLU,
     TextConfig,
@@ -167,8 +168,8 @@ class ResamplerAttention(nn.Module):
         self.context_layer_norm, self.latents_layer_norm = nn.LayerNorm(d), nn.LayerNorm(d)
         self.q_layer_norm, self.k_layer_norm = (
             nn.LayerNorm(c.resampler_head_dim) if c.qk_layer_norms_perceiver else nn.Identity() for _ in range(2))
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d, inner, bias=False) for _ in range(3))
-        self.output_proj = nn.Linear(inner, d, bias=False)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(d, inner, bias=False) for _ in range(3))
+        self.output_proj = Linear(inner, d, bias=False)
 
     def forward(self, latents, context):
         latents = self.latents_layer_norm(latents)
@@ -180,7 +181,7 @@ class ResamplerAttention(nn.Module):
 class ResamplerMLP(nn.Module):
     def __init__(self, d):
         super().__init__()
-        self.ln, self.fc, self.c_proj = nn.LayerNorm(d), nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
+        self.ln, self.fc, self.c_proj = nn.LayerNorm(d), Linear(d, 4 * d, bias=False), Linear(4 * d, d, bias=False)
 
     def forward(self, x):
         return self.c_proj(F.relu(self.fc(self.ln(x))))
@@ -221,12 +222,12 @@ class WordEmbedding(nn.Embedding):
         return torch.where((ids > last).unsqueeze(-1), more, x)
 
 
-class WordLogits(nn.Linear):
+class WordLogits(Linear):
     """d → logits of the words of LLaMA, then of the ids behind them."""
 
     def __init__(self, d, n_words, n_more):
         super().__init__(d, n_words, bias=False)
-        self.additional_fc = nn.Linear(d, n_more, bias=False) if n_more else None
+        self.additional_fc = Linear(d, n_more, bias=False) if n_more else None
 
     def forward(self, x):
         logits = super().forward(x)
@@ -237,8 +238,8 @@ class CrossAttention(nn.Module):
     def __init__(self, c, d_vision):
         super().__init__()
         self.n_heads, d = c.num_attention_heads, c.hidden_size
-        self.q_proj, self.o_proj = (nn.Linear(d, d, bias=False) for _ in range(2))
-        self.k_proj, self.v_proj = (nn.Linear(d_vision, d, bias=False) for _ in range(2))
+        self.q_proj, self.o_proj = (Linear(d, d, bias=False) for _ in range(2))
+        self.k_proj, self.v_proj = (Linear(d_vision, d, bias=False) for _ in range(2))
         self.q_layer_norm, self.k_layer_norm = (
             RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_layer_norms else nn.Identity() for _ in range(2))
 

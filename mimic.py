@@ -76,7 +76,7 @@ class MimIC(nn.Module, Shifts):
 
     def f(self, layer, q):
         """f(q) ≈ log Z1.  q (B,H,T,D), rotated as in the attention, not scaled by 1/√D → (B,H,T)."""
-        return torch.linalg.vecdot(q.to(self.f_weight.dtype), self.f_weight[layer][:, None]) + self.f_bias[layer][:, None]
+        return torch.linalg.vecdot(q.to(self.f_weight.dtype), self.f_weight[layer, :, None]) + self.f_bias[layer, :, None]
 
     def mu(self, layer, q, k, lse):
         """μ̃ = e^f / (e^f + Z2), (B,H,T): how much of the vector each head adds at each token."""
@@ -89,7 +89,7 @@ class MimIC(nn.Module, Shifts):
 
     def after_attention(self, layer, q, k, out, lse):
         """SA(q,K,V) + μ̃·v.  Paper, section 3.2."""
-        mu, v = self.mu(layer, q, k, lse).unsqueeze(-1), self.vector[layer][:, None]              # (B,H,T,1), (H,1,D)
+        mu, v = self.mu(layer, q, k, lse).unsqueeze(-1), self.vector[layer, :, None]               # (B,H,T,1), (H,1,D)
         return torch.addcmul(out, mu, v).to(out.dtype)
 
     def save(self, path, **about):

@@ -224,14 +224,19 @@ def attention(q, k, v, mask=None):
     return out, lse
 
 
+def additive(mask, dtype):
+    """A mask as the CPU's fused kernel adds it to the scores: 0 where True, else −inf."""
+    return torch.where(mask, 0.0, -torch.inf).to(dtype)
+
+
 def fused_attention(q, k, v, mask):
     """`attention` by the library's fused kernel, which knows lse but passes no gradient on to it: for passes without gradients.
 
-    Arguments and results as `attention`, but rows with no allowed key have lse = 0 and mean nothing."""
+    Arguments and results as `attention`, but rows with no allowed key have lse = 0 and mean nothing; mask: `additive` too."""
     if q.device.type != "cpu":                # the kernels of other devices want each their own form of mask, and keys repeated
         return attention(q, k, v, mask)
-    bias = torch.where(mask, 0.0, -torch.inf).to(q.dtype)                                         # added to the scores
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+    mask = additive(mask, q.dtype) if mask.dtype == torch.bool else mask
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
 
 
 class Shifts:
@@ -313,12 +318,25 @@ class RMSNorm(nn.Module):
         return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """nn.Linear; without gradients, large fp32 weights on a CPU are multiplied by oneDNN, which for the few rows of a decoding
+    step is up to six times as fast as the library that torch takes (BENCHMARKS.md)."""
+
+    LARGE = 2 ** 17 if torch.backends.mkldnn.is_available() else torch.inf      # numbers; fewer do not repay the longer call
+
+    def forward(self, x):
+        w = self.weight
+        if torch.is_grad_enabled() or w.dtype != torch.float32 or w.device.type != "cpu" or w.numel() < self.LARGE:
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, w, self.bias, "none", [], "")
+
+
 class SwiGLU(nn.Module):
     def __init__(self, d_in, d_hidden, d_out):
         super().__init__()
-        self.gate_proj = nn.Linear(d_in, d_hidden, bias=False)
-        self.up_proj = nn.Linear(d_in, d_hidden, bias=False)
-        self.down_proj = nn.Linear(d_hidden, d_out, bias=False)
+        self.gate_proj = Linear(d_in, d_hidden, bias=False)
+        self.up_proj = Linear(d_in, d_hidden, bias=False)
+        self.down_proj = Linear(d_hidden, d_out, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -378,7 +396,7 @@ class VisionAttention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.n_heads = c.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(c.hidden_size, c.hidden_size) for _ in range(4))
 
     def forward(self, x, mask):
         q, k, v = (split_heads(proj(x), self.n_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -388,7 +406,7 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(c.hidden_size, c.intermediate_size), nn.Linear(c.intermediate_size, c.hidden_size)
+        self.fc1, self.fc2 = Linear(c.hidden_size, c.intermediate_size), Linear(c.intermediate_size, c.hidden_size)
         self.gelu = c.gelu
 
     def forward(self, x):
@@ -428,10 +446,10 @@ class PerceiverAttention(nn.Module):
     def __init__(self, c, d):
         super().__init__()
         self.n_heads, self.n_kv_heads = c.resampler_n_heads, c.num_key_value_heads
-        self.q_proj = nn.Linear(d, self.n_heads * c.resampler_head_dim, bias=False)
-        self.k_proj = nn.Linear(d, self.n_kv_heads * c.resampler_head_dim, bias=False)
-        self.v_proj = nn.Linear(d, self.n_kv_heads * c.resampler_head_dim, bias=False)
-        self.o_proj = nn.Linear(self.n_heads * c.resampler_head_dim, d, bias=False)
+        self.q_proj = Linear(d, self.n_heads * c.resampler_head_dim, bias=False)
+        self.k_proj = Linear(d, self.n_kv_heads * c.resampler_head_dim, bias=False)
+        self.v_proj = Linear(d, self.n_kv_heads * c.resampler_head_dim, bias=False)
+        self.o_proj = Linear(self.n_heads * c.resampler_head_dim, d, bias=False)
 
     def forward(self, latents, context, mask):
         q, both = split_heads(self.q_proj(latents), self.n_heads), torch.cat([context, latents], 1)
@@ -508,10 +526,10 @@ class DecoderAttention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.n_heads, self.n_kv_heads = c.num_attention_heads, c.num_key_value_heads
-        self.q_proj = nn.Linear(c.hidden_size, self.n_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, self.n_kv_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, self.n_kv_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.n_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_proj = Linear(c.hidden_size, self.n_heads * c.head_dim, bias=False)
+        self.k_proj = Linear(c.hidden_size, self.n_kv_heads * c.head_dim, bias=False)
+        self.v_proj = Linear(c.hidden_size, self.n_kv_heads * c.head_dim, bias=False)
+        self.o_proj = Linear(self.n_heads * c.head_dim, c.hidden_size, bias=False)
 
     def forward(self, layer, x, cos, sin, mask, shifts, cache, last=None):
         """last: queries of so many last columns only; keys and values of all."""
@@ -557,6 +575,8 @@ class TextModel(nn.Module):
         reads the others, so the top layer does not make them. pictures: of `enter`."""
         cos, sin = rope(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         mask = causal_mask(attention_mask, x.shape[1], self.config.sliding_window)
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            mask = additive(mask, x.dtype)                        # here once, or in every layer's kernel
         for i, layer in enumerate(self.layers):
             if i in self.crossed:
                 x = self.enter(i, x, pictures, cache)
@@ -582,7 +602,7 @@ class Idefics2(nn.Module):
     def build(self, config):
         self.model = nn.ModuleDict({
             "vision_model": VisionModel(config.vision), "connector": Connector(config), "text_model": TextModel(config.text)})
-        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):

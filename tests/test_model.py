@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from idefics1 import Idefics1, latest_picture
-from model import Idefics2, InputError, Shifts, attention, rope
+from model import Idefics2, InputError, Linear, Shifts, attention, rope
 
 IMAGE = 57                       # the image token of the random models below, whose vocabulary has 60 words
 TOLERANCE = dict(rtol=0, atol=1e-4)     # fp32 sums in another order, states and logits of up to 14
@@ -273,20 +273,38 @@ CASES |= {f"idefics1_{name}": dict(kind=Idefics1, sizes=None, **case) for name, 
 }.items()}
 
 
+@pytest.mark.parametrize("gradients", [True, False], ids=["with_gradients", "without"])
 @pytest.mark.parametrize("case", CASES)
-def test_features_layers_and_logits_equal_transformers(case, tmp_path):
+def test_features_layers_and_logits_equal_transformers(case, gradients, tmp_path, monkeypatch):
+    """Passes without gradients take other kernels: additive masks, and oneDNN for products, here with all weights."""
+    monkeypatch.setattr(Linear, "LARGE", 0)
     given = dict(CASES[case])
     images, sizes, adjacent = given.pop("images"), given.pop("sizes"), given.pop("adjacent", False)
     theirs = save_reference(tmp_path, seed=len(case), **given)
     batch = make_batch(theirs, len(case), images, sizes, adjacent=adjacent)
     expected_logits, expected_features, *states = run_reference(theirs, batch)
     ours, record = given.get("kind", Idefics2).from_pretrained(tmp_path), Record()
-    features = features_of(ours, batch)
-    if batch.images:
-        torch.testing.assert_close(features, expected_features, **TOLERANCE)
-    logits = ours(batch.input_ids, batch.attention_mask, features, record)
+    with torch.set_grad_enabled(gradients):
+        features = features_of(ours, batch)
+        if batch.images:
+            torch.testing.assert_close(features, expected_features, **TOLERANCE)
+        logits = ours(batch.input_ids, batch.attention_mask, features, record)
     for mine, expected in zip([*record.ffn, *record.layer, logits], [*states[0], *states[1], expected_logits], strict=True):
         torch.testing.assert_close(mine[batch.keep], expected[batch.keep], **TOLERANCE)
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (3, 1), (2, 50), (0, 4)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_large_linear_without_gradients_is_the_product_in_float64(rows, bias):
+    torch.manual_seed(0)
+    linear = Linear(512, 300, bias=bias)
+    assert linear.weight.numel() >= linear.LARGE
+    x = torch.randn(*rows[:1], rows[1] + 2, 512)[:, 1:-1]                                          # not contiguous
+    exact = torch.nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    with torch.no_grad():
+        y = linear(x)
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=512 ** 0.5 * torch.finfo(torch.float32).eps * 3)
+    assert y.dtype == torch.float32 and linear(x).requires_grad and torch.equal(linear(x), torch.nn.Linear.forward(linear, x))
 
 
 def test_patch_positions_follow_the_published_rounding_on_the_70_by_70_grid(tmp_path):

@@ -10,7 +10,7 @@ import ablate
 import bench
 import eval as evaluation
 import train
-from model import InputError
+from model import InputError, Linear
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -106,6 +106,15 @@ def test_bench_measures_steps_answers_latency_and_loading_beside_transformers(tm
     for r in rows:
         assert r["ours_s"] > 0 and r["ratio"] == pytest.approx(r["peer_s"] / r["ours_s"]) and r["device"] == "cpu"
     assert all(f"{r['batch']} of {r['batch']} answers equal" in r["about"] for r in rows if r["what"] == "generate")
+
+
+def test_bench_counts_the_flops_of_products_by_onednn():
+    linear, found = Linear(512, 300), []
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), bench.FlopCounterMode(display=False, custom_mapping=bench.FLOPS) as counter:
+            linear(torch.randn(2, 7, 512))
+        found.append(counter.get_total_flops())
+    assert found == [2 * 14 * 512 * 300] * 2
 
 
 def test_bench_takes_the_shape_of_a_folder_of_either_model(either_folder, monkeypatch):
