@@ -11,8 +11,9 @@ train     train_step: a MimIC step on 8 demonstrations, encoding of the pictures
           with --share-icds
 generate  encode: 9 pictures; generate: 10 tokens behind 1 and 16 prompts with encoded pictures, 1 and 3 beams; both beside
           transformers
-latency   prefill and decoding of one token under MimIC and LIVE, beside the model without shifts (ratio 1 = costs nothing);
-          mimic_prefill_8 …: MimIC's prompt beside that of in-context learning with as many demonstrations
+okvqa_run (after train and generate) the paper's OK-VQA run, projected: 1,000 samples x 5 epochs, then 5,046 answers of 3 beams
+latency   prefill and decoding of one token under MimIC and LIVE, beside the model without shifts (ratio 1 = costs nothing; batch
+          3 = the beams of one prompt); mimic_prefill_8 …: MimIC's prompt beside that of ICL with as many demonstrations
 load      from_pretrained, and one pass that reads every weight, beside transformers (the files are in the system's cache)
 fit       fit_layerwise: `--fit layerwise` beside end-to-end training, both on 8 demonstrations. At full size one layer and one
           batch are measured and the rest extrapolated; states that would lie on disk are not part of it
@@ -69,6 +70,7 @@ SIZES = {                              # shape, text tokens of an example (the l
 }
 COCO_SIZES = (640, 480), (480, 640), (640, 427), (640, 480)        # pixels
 SHOTS, EPOCHS, SAMPLES = 8, 5, 1000    # of the training whose step is measured
+QUESTIONS = 5046                       # of OK-VQA's validation split
 NEW_TOKENS = 10
 MEMORY_GB = 0.12                       # of the layer-wise fit
 FLOPS = {torch.ops.mkldnn._linear_pointwise: lambda x, w, *_, **__: 2 * math.prod(x) * w[0]}     # of model.Linear, by shapes
@@ -327,7 +329,8 @@ def ceilings(device, dtype):
         run()
         return min(seconds_of(run, torch.device(device)) for _ in range(5))
 
-    return 2 * n**3 / best(lambda: a @ a), b.numel() * dtype.itemsize / best(lambda: b @ x)
+    read = min(best(lambda: b @ x), best(lambda: F.linear(x[None], b)))           # which is faster depends on dtype and machine
+    return 2 * n**3 / best(lambda: a @ a), b.numel() * dtype.itemsize / read
 
 
 def share_of_ceiling(args, seconds, flops, n_bytes):
@@ -392,7 +395,7 @@ def bench_generate(args, size):
                           peer and (lambda: peer.model.get_image_features(values, mask)),
                           sum(map(weight_bytes, model.eyes)), repeats, size=size, batch=len(images))
     yield found | {"about": "pictures of several sizes; peer: padded to one"}
-    for B, beams in [(1, 1), (1, 3)] if small else [(1, 1), (1, 3), (16, 1), (16, 3)]:
+    for B, beams in [(1, 1), (1, 3)] + [(16, 1), (16, 3)] * (not small) + [(64, 3)] * args.device.startswith("cuda"):
         rows = random_batch(model.config, n_text, B, shots=0).student
         ids, mask, said = rows.input_ids[:, :-3].to(model.device), rows.attention_mask[:, :-3].to(model.device), {}
         features = encoded(model, images[:1]).expand(B, -1, -1)
@@ -409,7 +412,27 @@ def bench_generate(args, size):
         found, = side_by_side(args, {"generate": ours}, peer and other, NEW_TOKENS * head, repeats, size=size, batch=B,
                               beams=beams)
         alike = f"; {int((said['ours'] == said['peer']).all(1).sum())} of {B} answers equal" if peer else ""
-        yield found | {"about": f"{beams} beams, {NEW_TOKENS} tokens{alike}"}
+        yield found | {"about": f"{beams} beams, {NEW_TOKENS} tokens; {B / found['ours_s']:.3g} answers a second{alike}"}
+
+
+def okvqa_run(rows, size):
+    """The paper's OK-VQA run, projected from what was measured of that size: 1,000 samples x 5 epochs with 8 demonstrations, then
+    an answer to every question, with 3 beams in the largest batch, its picture encoded."""
+    found = {r["what"]: r for r in rows if r["size"] == size and (r["what"] != "generate" or r["beams"] == 3)}
+    if not {"train_step", "encode", "generate"} <= found.keys():
+        return
+
+    def minutes(side):
+        """(training, answering); None if something was not measured."""
+        if any(found[what][side] is None for what in ("train_step", "encode", "generate")):
+            return None
+        step, encode, answer = (found[what][side] / found[what]["batch"] for what in ("train_step", "encode", "generate"))
+        return SAMPLES * EPOCHS * step / 60, QUESTIONS * (encode + answer) / 60
+
+    ours, peer = minutes("ours_s"), minutes("peer_s")
+    yield row("okvqa_run", 60 * sum(ours), peer and 60 * sum(peer), None, None, size=size, batch=found["train_step"]["batch"],
+              about="projected: minutes of training + answering " + "; peer ".join(f"{a:.3g} + {b:.3g}" for a, b in filter(
+                  None, (ours, peer))))
 
 
 @torch.no_grad()
@@ -434,11 +457,13 @@ def bench_latency(args, size):
         cache.length = ids.shape[1]
         model.lm_head(model.hidden_states(ids[:, -1:], F.pad(mask, (0, 1), value=True), None, shifts, cache=cache)[:, -1])
 
-    for B in (1,) if args.slow(size) else (1, 16):
+    for B in (1, 3) if args.slow(size) else (1, 3, 16):
         given = prompt(B, 0)
         cache = prefill(*given)
         for name, shifts in ("mimic", mimic), ("live", live):
             for what, run in ("prefill", partial(prefill, *given)), ("decode", partial(decode, *given[:2], cache)):
+                if (what, B) == ("prefill", 3):                       # 3 rows are the beams of one prompt
+                    continue
                 found, = side_by_side(args, {f"{name}_{what}": partial(run, shifts)}, run, n_bytes, repeats, size=size, batch=B)
                 yield found | {"about": f"{given[0].shape[1]} tokens; peer: no shifts"}
     one = prompt(1, 0)
@@ -677,28 +702,32 @@ def main(argv=None):
                           else random_model(size, args.device, dtype))
         return kept[size]
 
-    args.checkpoint, args.models, rows, speed = checkpoint, models, [], {}
+    def emit(found, dtype):
+        rows.append({**found, "device": args.device, "dtype": dtype})
+        cells = [f"{found[key]:>{width}{form}}" if found.get(key) is not None else " " * (width - 1) + "–"
+                 for key, width, form in COLUMNS]
+        print(f"{found['what']:<18}{found['size']:<6}{found['batch']:>6}" + "".join(cells) + f"  {found['about']}", flush=True)
+        if args.out:
+            write_atomically(args.out, json.dumps(rows, indent=1) + "\n")
+
+    args.checkpoint, args.models, args.ceilings, rows, speed = checkpoint, models, None, [], {}
     print(f"{'what':<18}{'size':<6}{'batch':>6}{'ours s':>10}{'peer s':>10}{'ratio':>8}{'peak GiB':>10}{'peer GiB':>10}"
           f"{'GFLOP':>9}{'ceiling':>9}  about")
-
-    def cell(row, key, width, form):
-        return f"{row[key]:>{width}{form}}" if row.get(key) is not None else " " * (width - 1) + "–"
-
     with temporary:
-        for size, name in [(size, name) for size in args.size for name in args.only if name != "cider"] + [(None, "cider")]:
-            if size is None and ("cider" not in args.only or not args.captions):
-                continue
-            dtype = args.dtype_of(size) if size else "float64"
-            if size and dtype not in speed:
+        for size in args.size if set(args.only) != {"cider"} else ():
+            dtype = args.dtype_of(size)
+            if dtype not in speed:
                 speed[dtype] = ceilings(args.device, getattr(torch, dtype))
                 print(f"{dtype}: {speed[dtype][0] / 1e9:,.0f} GFLOP/s, {speed[dtype][1] / 1e9:.1f} GB/s read")
-            args.ceilings = speed.get(dtype)
-            for found in BENCHES[name](args, size) if size else bench_cider(args):
-                rows.append({**found, "device": args.device, "dtype": dtype})
-                print(f"{found['what']:<18}{found['size']:<6}{found['batch']:>6}" + "".join(cell(found, *c) for c in COLUMNS)
-                      + f"  {found['about']}", flush=True)
-                if args.out:
-                    write_atomically(args.out, json.dumps(rows, indent=1) + "\n")
+            args.ceilings = speed[dtype]
+            for name in args.only:
+                for found in BENCHES[name](args, size) if name != "cider" else ():
+                    emit(found, dtype)
+            for found in okvqa_run(rows, size):
+                emit(found, dtype)
+        args.ceilings = None
+        for found in bench_cider(args) if "cider" in args.only and args.captions else ():
+            emit(found, "float64")
     return rows
 
 

@@ -102,9 +102,14 @@ def test_bench_measures_steps_answers_latency_and_loading_beside_transformers(tm
                        "--out", str(tmp_path / "bench.json")])
     assert json.loads((tmp_path / "bench.json").read_text()) == rows
     assert {r["what"] for r in rows} >= {"train_step", "train_step_shared", "generate", "encode", "mimic_prefill", "mimic_decode",
-                                         "live_prefill", "live_decode", "mimic_prefill_8", "mimic_prefill_32", "load"}
+                                         "live_prefill", "live_decode", "mimic_prefill_8", "mimic_prefill_32", "load",
+                                         "okvqa_run"}
     for r in rows:
         assert r["ours_s"] > 0 and r["ratio"] == pytest.approx(r["peer_s"] / r["ours_s"]) and r["device"] == "cpu"
+    run, step, encode, answers = (next(r for r in reversed(rows) if r["what"] == what)
+                                  for what in ("okvqa_run", "train_step", "encode", "generate"))
+    assert answers["beams"] == 3 and answers["batch"] == 16
+    assert run["ours_s"] == pytest.approx(5000 * step["ours_s"] / 4 + 5046 * (encode["ours_s"] / 9 + answers["ours_s"] / 16))
     assert all(f"{r['batch']} of {r['batch']} answers equal" in r["about"] for r in rows if r["what"] == "generate")
 
 
