@@ -73,7 +73,9 @@ SHOTS, EPOCHS, SAMPLES = 8, 5, 1000    # of the training whose step is measured
 QUESTIONS = 5046                       # of OK-VQA's validation split
 NEW_TOKENS = 10
 MEMORY_GB = 0.12                       # of the layer-wise fit
-FLOPS = {torch.ops.mkldnn._linear_pointwise: lambda x, w, *_, **__: 2 * math.prod(x) * w[0]}     # of model.Linear, by shapes
+FLOPS = {}                             # of operations that the counter does not know, by shapes
+if torch.backends.mkldnn.is_available():
+    FLOPS[torch.ops.mkldnn._linear_pointwise] = lambda x, w, *_, **__: 2 * math.prod(x) * w[0]                   # model.Linear's
 
 
 # ---------------------------------------------------------------------------------------------------------------------
