@@ -215,7 +215,7 @@ def figure(path, scores):
     for name, every in scores.items():
         method, n = name.rsplit(", ", 1)
         curves.setdefault(method, []).append((int(n), every.mean(), every.mean(1).std()))
-    plt.figure(figsize=(4, 3.4), dpi=160)
+    plt.figure(figsize=(6, 3.4), dpi=130)
     for method, points in curves.items():
         n, mean, sd = map(np.array, zip(*points, strict=True))
         if len(n) == 1:                             # demonstrations in the prompt: a level, whatever is learnt
