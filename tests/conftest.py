@@ -158,8 +158,10 @@ def model(request, tmp_path_factory):
 # lines, "processes": how many, as torchrun starts them, "user": as whom, "limit": longest file in bytes, "more_memory": bytes
 # that it may take}; prints the exit statuses.
 HELPER = """
-import json, os, re, resource, socket, sys, tempfile, time
+import json, os, re, resource, socket, sys, tempfile, threading, time
 import train, eval as evaluation
+from tqdm import tqdm
+tqdm.monitor_interval = 0                        # no thread beside the one that forks
 train.SAVE_SECONDS = 0.02
 with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as sys.stdout:     # imports what is imported at first use
     train.main(["--samples", "4", "--dev-samples", "2", "--limit", "1", "--epochs", "1", "--shots", "1", "--compare", "--out",
@@ -176,6 +178,7 @@ for line in sys.stdin:
     for rank in range(n):
         children.append(os.fork())
         if not children[-1]:
+            tqdm.set_lock(threading.RLock())     # tqdm's own is shared by all forks: one that is killed with it stops the others
             if n > 1:
                 os.environ |= {"WORLD_SIZE": str(n), "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                                "MASTER_PORT": port}
