@@ -27,7 +27,7 @@ def mixing_weight(log_z1, log_z2):
     """μ = Z1 / (Z1 + Z2) = sigmoid(log Z1 − log Z2), in (0,1): never overflows. Same shapes in and out.
 
     A row without keys (log Z2 = −inf) gives 1, or 0 if it has no demonstration either, and no gradient to log Z2."""
-    return torch.sigmoid(log_z1 - log_z2.clamp(min=torch.finfo(log_z2.dtype).min))
+    return torch.sigmoid(log_z1 - log_z2.clamp(min=-1e30))              # finite, or −inf − −inf is NaN
 
 
 def icl_attention(q, k_D, v_D, k, v, mask_D=None, mask=None):
@@ -84,8 +84,8 @@ class MimIC(nn.Module, Shifts):
             return torch.ones_like(lse)
         log_z1, log_z2 = self.f(layer, q), lse if self.z2 == "masked" else attention(q, k, k[..., :1])[1]
         if self.mu_of == "layer":
-            log_z1, log_z2 = log_z1.sum(1, keepdim=True), log_z2.mean(1, keepdim=True)
-        return mixing_weight(log_z1, log_z2).expand_as(lse)
+            log_z1, log_z2 = log_z1.sum(1, keepdim=True).expand_as(lse), log_z2.mean(1, keepdim=True)
+        return mixing_weight(log_z1, log_z2)
 
     def after_attention(self, layer, q, k, out, lse):
         """SA(q,K,V) + μ̃·v.  Paper, section 3.2."""

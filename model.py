@@ -308,16 +308,6 @@ class KVCache:
 # ---------------------------------------------------------------------------------------------------------------------
 # Blocks
 # ---------------------------------------------------------------------------------------------------------------------
-class RMSNorm(nn.Module):
-    def __init__(self, d, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
-
-    def forward(self, x):
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-
-
 class Linear(nn.Linear):
     """nn.Linear; without gradients, large fp32 weights on a CPU are multiplied by oneDNN, which for the few rows of a decoding
     step is up to six times as fast as the library that torch takes (BENCHMARKS.md)."""
@@ -461,7 +451,7 @@ class PerceiverLayer(nn.Module):
     def __init__(self, c, d):
         super().__init__()
         self.input_latents_norm, self.input_context_norm, self.post_attention_layernorm = (
-            RMSNorm(d, c.rms_norm_eps) for _ in range(3))
+            nn.RMSNorm(d, c.rms_norm_eps) for _ in range(3))
         self.self_attn, self.mlp = PerceiverAttention(c, d), SwiGLU(d, 4 * d, d)
 
     def forward(self, latents, context, mask):
@@ -474,7 +464,7 @@ class PerceiverResampler(nn.Module):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(c.resampler_n_latents, d))
         self.layers = nn.ModuleList(PerceiverLayer(c, d) for _ in range(c.resampler_depth))
-        self.norm = RMSNorm(d, c.rms_norm_eps)
+        self.norm = nn.RMSNorm(d, c.rms_norm_eps)
 
     def forward(self, context, keys):
         """context (N,P,d), keys (N,P) bool → (N,n_latents,d). The latents attend to the context and to themselves."""
@@ -499,17 +489,18 @@ class Connector(nn.Module):
 # Decoder (Mistral)
 # ---------------------------------------------------------------------------------------------------------------------
 def rope(position_ids, D, theta, dtype):
-    """cos and sin (B,1,T,D) of the rotary angles; computed in fp32 (fp64 for fp64), then cast."""
+    """cos and sin (B,1,T,D) of the rotary angles, as `rotate` wants them: the first half of the sines negated. Computed in fp32
+    (fp64 for fp64), then cast."""
     exact = torch.promote_types(dtype, torch.float32)
     inv_freq = 1.0 / theta ** (torch.arange(0, D, 2, device=position_ids.device, dtype=exact) / D)
-    angles = (position_ids[:, None, :, None].to(exact) * inv_freq).repeat(1, 1, 1, 2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = position_ids[:, None, :, None].to(exact) * inv_freq
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, cos, sin):
     """Rotates the pairs (x_i, x_{i+D/2}) of x (B,H,T,D) by their angles."""
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def causal_mask(attention_mask, T, window):
@@ -551,7 +542,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.self_attn, self.mlp = DecoderAttention(c), SwiGLU(c.hidden_size, c.intermediate_size, c.hidden_size)
-        self.input_layernorm, self.post_attention_layernorm = (RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
+        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
 
     def forward(self, layer, x, cos, sin, mask, shifts, cache, last=None):
         """(B,T,d) → (B,T,d), or (B,last,d)."""
@@ -568,7 +559,7 @@ class TextModel(nn.Module):
         self.config = c
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, x, attention_mask, position_ids, shifts, cache, pictures=None, last=None):
         """Embeddings x (B,T,d), attention_mask (B,S), position_ids (B,T) → normed hidden states (B,T,d), or (B,last,d): nobody
