@@ -27,7 +27,7 @@ from tqdm import tqdm
 import eval as evaluation
 import train
 from data import DATASETS
-from eval import run_command, write_atomically
+from eval import METRICS, run_command, write_atomically
 from model import InputError
 
 LAYERWISE = ["--fit", "layerwise"]
@@ -169,9 +169,6 @@ def run_all(group, dataset, only, tasks, seeds, workers, out, common=()):
     if all(isinstance(row, InputError) for row in found):
         raise found[0]
     return rows
-
-
-METRICS = {"vqa_accuracy": "VQA accuracy", "cider": "CIDEr-D x 100"}
 
 
 def compare(out="runs/table", tasks=(0,), seeds=(0, 1, 2), workers=None, datasets=("toy", "toy-caption"), common=()):

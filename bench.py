@@ -324,7 +324,7 @@ def row(what, ours_s, peer_s, peak, peer_peak, size="-", batch=1, about="", **mo
 def ceilings(device, dtype):
     """This machine's fastest matrix product (FLOP/s) and read of memory (bytes/s), best of five."""
     n, m = (8192, 2**16) if device.startswith("cuda") else (2048, 2**14)
-    a, b, x = torch.randn(n, n, device=device, dtype=dtype), torch.randn(m, 8192, device=device, dtype=dtype), None
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(m, 8192, device=device, dtype=dtype)
     x = torch.randn(8192, device=device, dtype=dtype)
 
     def best(run):
@@ -500,7 +500,7 @@ def measured(function, *arguments):
 
 
 def pass_over_everything(model, device):
-    """A short prompt with a small picture: reads every weight once. The model is ours or transformers'."""
+    """Our model on a short prompt with a small picture: reads every weight once."""
     size = 28 if model.config.vision.image_size < 378 else 378
     ids = torch.tensor([[1] + [model.config.image_token_id] * model.config.perceiver.resampler_n_latents + [5]], device=device)
     values = torch.randn(1, 3, size, size).to(device, model.dtype)

@@ -52,6 +52,7 @@ ADAPTERS = {"mimic": MimIC, "live": LIVE, "lora": LoRA, "hificl": HiFICL, "stave
 VECTORS = {"task-vector": task_vector.make, "function-vector": function_vector.make}      # made of demonstrations, not trained
 SHOTS = {"zero-shot": 0, "icl": None, "rices": None, "task-vector": None, "function-vector": 10}    # methods without --run:
                                   # --shots by default, None = the model's
+METRICS = {"vqa_accuracy": "VQA accuracy", "cider": "CIDEr-D x 100"}
 POOL_IN_MEMORY = 4096             # samples of a pool whose image features are kept for the next queries
 
 
@@ -74,11 +75,11 @@ def classes_of(folder):
 
 
 def load_model(folder, device, dtype, check=None):
-    """→ model, processor. check(config, processor) is called before the weights are read."""
+    """→ model, processor. check(processor) is called before the weights are read."""
     model_class, processor_class = classes_of(folder)
     processor = processor_class.from_pretrained(folder)
     if check:
-        check(processor.config, processor)
+        check(processor)
     model = model_class.from_pretrained(folder, getattr(torch, dtype), device)
     if model.device.type == "cpu" and model.config.text.hidden_size <= 256:
         torch.set_num_threads(1)              # so small that threads spend more time waiting for each other than they save
@@ -179,6 +180,14 @@ def make_folder(path):
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"{path}: expected a folder that can be written, found: {e.strerror}") from None
+
+
+def run_arguments(folder):
+    """What args.json of a run of train.py says. Raises InputError if it is something else."""
+    saved = read_json(Path(folder) / "args.json")
+    if not isinstance(saved, dict) or saved.get("method") not in ADAPTERS:
+        raise InputError(f"{folder}/args.json: expected the arguments of a run of train.py, found something else")
+    return saved
 
 
 def read_rows(path):
@@ -284,14 +293,15 @@ def evaluate(folder, model, processor, dataset, split, samples, method, shots=0,
 
 
 def table(rows):
-    """Rows as text, a line each."""
+    """Rows as text, a line each; "–" for what is not known."""
+    def shown(value, form):
+        return "–" if value is None else format(value, form)
+
     lines = [f"{'method':<16}{'shots':>6}{'split':>7}{'score':>8}{'n':>7}{'parameters':>12}{'prompt tokens':>15}{'ms/query':>10}"]
     for r in rows:
-        shown = "–" if r["score"] is None else f"{r['score']:.2f}"
-        lines.append(f"{r['method']:<16}{r['shots']:>6}{r['split']:>7}{shown:>8}{r['n']:>7}{r['parameters']:>12,}"
-                     f"{r['prompt_tokens']:>15}{r['ms_per_query']:>10.2f}")
-    metric = {"vqa_accuracy": "VQA accuracy", "cider": "CIDEr-D x 100"}[rows[0]["metric"]]
-    return f"{rows[0]['dataset']}: {metric}\n" + "\n".join(lines)
+        lines.append(f"{r['method']:<16}{r['shots']:>6}{r['split']:>7}{shown(r['score'], '.2f'):>8}{r['n']:>7}"
+                     f"{shown(r['parameters'], ','):>12}{shown(r['prompt_tokens'], ''):>15}{shown(r['ms_per_query'], '.2f'):>10}")
+    return f"{rows[0]['dataset']}: {METRICS[rows[0]['metric']]}\n" + "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,9 +442,7 @@ def main(argv=None):
     if args.score or args.chair:
         return score_file(args)
     if args.run:                  # the run's own arguments, where the command line says nothing else
-        saved = read_json(Path(args.run) / "args.json")
-        if not isinstance(saved, dict) or saved.get("method") not in ADAPTERS:
-            raise InputError(f"{args.run}/args.json: expected the arguments of a run of train.py, found something else")
+        saved = run_arguments(args.run)
         if args.method or args.shots is not None:
             raise InputError("--run: expected neither --method nor --shots beside it, found one")
         args = parser.parse_args([*saved_words(saved, args, parser, Path(args.run) / "args.json"), *argv])
@@ -462,7 +470,7 @@ def main(argv=None):
     if shots:
         pick_icds(pool, pool[0], shots, "")                    # too few even so? say it before the long work
     model, processor = load_model(args.model, device, args.dtype,
-                                  lambda config, _: memory.check(args, config, 0, (shots,), kind=kind))
+                                  lambda processor: memory.check(args, processor.config, 0, (shots,), kind=kind))
     options, folder = generation_options(args, processor), Path(args.out or args.run or f"runs/{args.dataset}-{args.method}")
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "run", "resume", "score", "chair", "table")}
     options |= {"settings": settings, "resume": args.resume}

@@ -19,7 +19,6 @@ better. Needs matplotlib. The numbers behind the pictures are printed.
 import argparse
 import csv
 import importlib.util
-import json
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +28,11 @@ from tqdm import tqdm
 
 import train
 from data import DATASETS, collate, load, pick_icds, train_dev
-from eval import ADAPTERS, load_model, read_lines, run_command, template_of
-from features import encode_images, gather
-from fit import is_demonstration, start_f
+from eval import ADAPTERS, load_model, read_predictions, read_rows, resolve, run_arguments, run_command, template_of
+from features import encode_images, gather, sees_alike
+from fit import f_of, is_demonstration, start_f
 from mimic import MimIC
-from model import InputError, Shifts, attention, causal_mask, read_json, split_heads
+from model import InputError, Shifts, attention, causal_mask, split_heads
 
 RUNS = {"runs/toy": [], "runs/toy-live": ["--method", "live", "--compare"],
         "runs/toy-layerwise-1000": ["--fit", "layerwise", "--compare"]}
@@ -76,7 +75,7 @@ def inside(model, rows, features, shifts=None):
     """One pass over the rows → Inside."""
     ids, mask, images = rows.input_ids.to(model.device), rows.attention_mask.to(model.device), gather(features, rows.samples)
     watch = Inside(model, model.pictures(ids, images), shifts)
-    model.hidden_states(ids, mask, images, watch)
+    model.hidden_states(ids, mask, images, watch, None if rows.position_ids is None else rows.position_ids.to(model.device))
     return watch
 
 
@@ -143,7 +142,7 @@ def approximation(layers, vector):
         half = len(x["f"]) // 2
         log_z1, f, mu, true_mu = (x[name][half:] for name in ("true_log_z1", "f", "mu", "true_mu"))
         weight, bias = start_f(x["q"][:, :half].contiguous(), x["true_log_z1"][:half])
-        linear = torch.einsum("hnd,hd->nh", x["q"][:, half:], weight) + bias
+        linear = f_of(weight, bias, x["q"][:, half:])
         centred = log_z1 - log_z1.mean(0)
         shift, added = x["true_shift"], x["true_added"][:, None]
         best_v = (x["true_mu"].unsqueeze(-1) * shift)[:half].sum(0) / x["true_mu"][:half].pow(2).sum(0).unsqueeze(-1)     # (H,D)
@@ -163,11 +162,12 @@ def approximation(layers, vector):
 def distances(model, adapters, batches, features):
     """Mean Euclidean distance of a token's state from the teacher's after every layer → {name: (L)}, adapters {name: Shifts}."""
     sums, n = {name: 0 for name in adapters}, 0
+    students = {name: model if shifts is None else shifts.student(model) for name, shifts in adapters.items()}
     for batch in batches:
         T_q, keep = batch.align.shape[1], batch.align.to(model.device)
         teacher, n = inside(model, batch.teacher, features).states, n + int(batch.align.sum())
         for name, shifts in adapters.items():
-            states = inside(model, batch.student, features, shifts).states
+            states = inside(students[name], batch.student, features, shifts).states
             sums[name] += np.array([(s[:, -T_q:] - t[:, -T_q:])[keep].float().norm(dim=-1).sum().item()
                                     for s, t in zip(states, teacher, strict=True)])
     return {name: total / n for name, total in sums.items()}
@@ -257,19 +257,13 @@ def draw_distance(path, found, shots):
     save(figure, path)
 
 
-def smooth(values, n):
-    """Mean over windows of n values."""
-    n = max(1, min(n, len(values)))
-    return np.convolve(values, np.ones(n) / n, "valid")
-
-
 def draw_loss(path, logs):
     """logs {name: rows of log.csv}. L_align and L_gt, and the dev score of every epoch."""
     figure, axes = new(4.6, nrows=2, sharex=True, height_ratios=(1.6, 1))
     for i, (name, rows) in enumerate(logs.items()):
         n, colour = max(1, len(rows) // 40), colour_of(name, i)
         for key, style in ("align", "-"), ("ce", ":"):
-            values = smooth([float(row[key]) for row in rows], n)
+            values = np.convolve([float(row[key]) for row in rows], np.ones(n) / n, "valid")          # means over n steps
             axes[0].plot(np.arange(len(values)) + n, values, style, color=colour,
                          label=f"{name}: {'L_align' if key == 'align' else 'L_gt'}")
         dev = [(int(row["step"]), float(row["dev"])) for row in rows if row["dev"]]
@@ -324,15 +318,14 @@ def open_run(folder):
             raise InputError(f"{folder}: expected a run of train.py, found no args.json")
         print(f"{folder}: not there yet, python train.py {' '.join(RUNS[folder])}")
         train.main(["--out", folder, *RUNS[folder]])
-    args = argparse.Namespace(**read_json(Path(folder) / "args.json"))
+    args = argparse.Namespace(**run_arguments(folder))
     return args, ADAPTERS[args.method].load(Path(folder) / f"{args.method}.safetensors")
 
 
 def grid_items(folder, args, samples, n):
     """The first n questions that zero-shot gets wrong: what each method of predictions.jsonl said."""
     said, by_id = {}, {s.id: s for s in samples}
-    for line in read_lines(Path(folder) / "predictions.jsonl"):
-        p = json.loads(line)
+    for p in read_predictions(Path(folder) / "predictions.jsonl"):
         if p["dataset"] == args.dataset and p["method"] in ("zero-shot", "icl", "mimic") and p["id"] in by_id:
             said.setdefault(p["id"], {})[f"{p['shots']}-shot" if p["shots"] else p["method"]] = p
     names = {"zero-shot": "zero-shot", f"{args.shots}-shot": f"{args.shots}-shot", "mimic": "MimIC"}
@@ -372,10 +365,17 @@ def main(argv=None):
     run, mimic = open_run(args.run)
     if not isinstance(mimic, MimIC):
         raise InputError(f"--run {args.run}: expected a run of --method mimic, found {run.method}")
-    others = {NAMES.get(folder, Path(folder).name): (folder, open_run(folder)[1]) for folder in beside}
+    others = {NAMES.get(folder, Path(folder).name): (folder, *open_run(folder)) for folder in beside}
+    run.device = None                                          # this machine's, whatever the run was made on
+    resolve(run)
     model, processor = load_model(run.model, run.device, run.dtype)
-    adapters = {"zero-shot": None, **{name: adapter.to(model.device) for name, (_, adapter) in others.items()},
+    adapters = {"zero-shot": None, **{name: adapter.to(model.device) for name, (_, _, adapter) in others.items()},
                 "MimIC": mimic.to(model.device)}
+    for name, (folder, other, _) in others.items():
+        if "distance" in args.only and (other.method in ("stave", "prompt-tuning")
+                                        or not sees_alike(model, adapters[name].student(model))):
+            raise InputError(f"--beside {folder}: expected, for distance, a method that leaves prompt and image features as they "
+                             f"are, found {other.method}")
     pool, _ = train_dev(run.dataset, run.data, run.samples, run.dev_samples, run.seed, run.task)
     samples = load(run.dataset, run.data, DATASETS[run.dataset].eval_split, run.task)
     out, shots = Path(args.out), run.shots or 8
@@ -416,11 +416,10 @@ def main(argv=None):
             print(f"  {name:<44}" + " ".join(f"{x:>7.2f}" for x in values))
         draw_distance(out / "distance.png", found, shots)
     if "loss" in args.only:
-        logs = {"MimIC": args.run, **{name: folder for name, (folder, _) in others.items()}}
+        logs = {"MimIC": args.run, **{name: folder for name, (folder, *_) in others.items()}}
         logs = {name: Path(folder) / "log.csv" for name, folder in logs.items()}
         draw_loss(out / "loss.png", {name: list(csv.DictReader(path.open())) for name, path in logs.items() if path.exists()})
-    rows = read_json(Path(args.run) / "results.json")
-    if "cost" in args.only and len(rows) > 2:
+    if "cost" in args.only and len(rows := read_rows(Path(args.run) / "results.json")) > 2:
         draw_cost(out / "cost.png", rows, DATASETS[run.dataset].metric)
     if "grid" in args.only and (items := grid_items(args.run, run, samples, 5)):
         draw_grid(out / "grid.png", items)

@@ -69,11 +69,6 @@ class Features(Mapping):
         about = {"images": list(self.row), "shape": self.rows.shape[1:], "dtype": str(self.rows.dtype)[6:]}
         write_atomically(self.index, json.dumps({**about, "filled": sorted(self.filled)}) + "\n")
 
-    def delete(self):
-        """Removes the files, if the run does not need them any more."""
-        self.index.unlink(missing_ok=True)
-        self.data.unlink(missing_ok=True)
-
 
 def encode_images(model, processor, samples, features, progress=None, encode=None):
     """Fills `features` (a dict or Features) with what it lacks, each distinct image once → features.

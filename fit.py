@@ -304,7 +304,10 @@ def seconds_of(folder):
 
 def is_demonstration(batch):
     """(B,T) bool over the teacher's columns: True between what both prompts begin with (<s>, instruction) and the query."""
-    T, n_query = batch.teacher.input_ids.shape[1], batch.align.sum(1)
-    n_common = batch.student.attention_mask.sum(1) - n_query
-    start, column = T - batch.teacher.attention_mask.sum(1) + n_common, torch.arange(T)
+    def first(mask):                       # column of the first token; the masks' sums would miss --official's masked separators
+        return mask.int().argmax(1)
+
+    T, n_query = batch.teacher.input_ids.shape[1], batch.align.shape[1] - first(batch.align)
+    n_common = batch.student.input_ids.shape[1] - first(batch.student.attention_mask) - n_query
+    start, column = first(batch.teacher.attention_mask) + n_common, torch.arange(T)
     return (start[:, None] <= column) & (column < (T - n_query)[:, None])

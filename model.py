@@ -69,7 +69,7 @@ class VisionConfig:
     patch_size: int = 14           # pixels
     num_channels: int = 3
     layer_norm_eps: float = 1e-6
-    gelu = "tanh"                  # which approximation of it; no field: nothing published has another
+    gelu = "tanh"                  # F.gelu's approximate; no field: no config.json sets it
 
 
 @dataclass

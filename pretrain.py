@@ -31,14 +31,15 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
 
 import toy
 from data import DATASETS, TEMPLATES, Processor, Sample, left_pad, prompts, render
+from eval import run_command
+from mimic import save_atomically
 from model import Config, Idefics2, InputError, Shifts
-from resume import command_to_go_on, load_state, read_state, save_state
+from resume import load_state, read_state, save_state
 
 E, SHOTS = 9, (0, 1, 2, 4, 8)                            # examples an episode; shots of the table
 SPECIAL_FIRST, SPECIAL_LAST = ("<unk>", "<s>", "</s>"), ("<fake_token_around_image>", "<image>")
@@ -165,8 +166,7 @@ class ExplicitAttention(Shifts):
     """Changes nothing, but by looking at attention it has it computed as matmul and softmax. Compiled, a step is then twice as
     fast on a CPU as with the fused attention, whose backward pass is slow in bfloat16 at these sizes."""
 
-    def after_attention(self, layer, q, k, out, lse):
-        return out
+    reads_attention = True
 
 
 def answer_logits(model, bank, indices, input_ids, numbers, shifts=None):
@@ -441,11 +441,10 @@ has not seen the word can only guess, mostly in English, which is a little bette
 
 
 def write_results(model, state, args):
-    """Weights, curve, table and README into the folder; each file replaced at once."""
+    """Weights (replaced at once), curve, table and README into the folder."""
     write_settings(args.out)
-    weights = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, args.out / "model.tmp", {"format": "pt"})
-    (args.out / "model.tmp").replace(args.out / "model.safetensors")
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    save_atomically(weights, args.out / "model.safetensors", {"format": "pt"})
     with open(args.out / "log.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(state.log[0]))
         writer.writeheader()
@@ -536,11 +535,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"interrupted; this goes on:\n    {command_to_go_on()}", file=sys.stderr)
-        sys.exit(130)
+    run_command(main, goes_on=True)

@@ -22,6 +22,7 @@ import random
 import subprocess
 import time
 from collections import ChainMap
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ from eval import (
     load_model,
     make_folder,
     read_lines,
+    read_predictions,
     read_rows,
     resolve,
     run_command,
@@ -61,16 +63,17 @@ from parallel import add, join, rank, share, wait, world
 from resume import held_back, load_state, save_state
 
 COMPARE = [0, 1, 2, 4, 8]         # shots of in-context learning that a toy run shows beside MimIC
-DEFAULTS = {                      # highest rate; that on the toys; weights of L_align and of the LM loss; demonstrations (None =
-    "mimic":         (5e-3, 2e-2, 1.0, 0.5, None),        # as the paper gives this model)
+# method: highest rate; that on the toys; weights of L_align and of the LM loss; demonstrations (None = the paper's for the model)
+DEFAULTS = {
+    "mimic":         (5e-3, 2e-2, 1.0, 0.5, None),
     "live":          (5e-3, 2e-2, 1.0, 0.5, None),        # L_align: KL
     "lora":          (5e-4, 2e-3, 0.0, 1.0, None),        # the LM loss alone: no teacher, so no demonstrations either
     "hificl":        (5e-3, 2e-2, 0.0, 1.0, None),
     "stave":         (3e-3, 3e-1, 0.0, 1.0, 1),           # the LM loss with and without demonstrations; its authors: 8 on COCO
     "prompt-tuning": (1e-2, 2e-2, 0.0, 1.0, None),
 }
-EPOCHS = (99, 15), (500, 10), (math.inf, None)            # up to so many samples, so many epochs (None = as the paper trains the
-                                                          # model with 1,000): as the official code
+# up to so many samples, so many epochs, as in the official code (None = the paper's for the model)
+EPOCHS = (99, 15), (500, 10), (math.inf, None)
 LOG = ["step", "epoch", "loss", "align", "ce", "lr", "grad_norm", "seconds", "dev", "test"]       # columns of log.csv
 UNFINISHED = "state.safetensors", "fit.safetensors", "features.json", "features.bin"      # what a run goes on from
 SAVE_SECONDS = 60                 # between two states of a run to go on from, at most; its epochs end with one, too
@@ -378,7 +381,7 @@ def backward(args, model, processor, template, adapter, samples, queries, draw, 
         if not mine:
             return 0.0, 0.0
     icds = share(demonstrations(args, samples, queries, draw))
-    with fits_into_memory("--batch-size", args.batch_size, "with twice the --accumulate the steps stay the same"):
+    with fits_into_memory("--batch-size", args.batch_size, ", with twice the --accumulate the steps stay the same"):
         batch = collate(mine, icds, processor, template, args.share_icds)
         align, ce = losses(model, adapter, batch, features, args, processor, whole)
         ((args.lambda_align * align + args.lambda_ce * ce) / n_batches).backward()
@@ -403,22 +406,20 @@ def layerwise_chunks(args, samples, processor):
             for i in range(0, len(samples), args.batch_size)]
 
 
-def adapter_options(args, processor):
-    """What the method's `for_model` takes beside the model."""
+def new_adapter(args, processor, model):
+    """An untrained adapter of the method, on the model's device."""
     rank = {"rank": args.rank} if args.rank else {}
-    return {"mimic": {"z2": args.z2, "mu_of": args.mu},
-            "lora": {"targets": args.targets, "scope": args.scope, **rank},
-            "hificl": rank,
-            "stave": {"n_cue": cue_length(processor, template_of(args, processor))}}.get(args.method, {})
+    options = {"mimic": {"z2": args.z2, "mu_of": args.mu},
+               "lora": {"targets": args.targets, "scope": args.scope, **rank},
+               "hificl": rank,
+               "stave": {"n_cue": cue_length(processor, template_of(args, processor))}}.get(args.method, {})
+    return ADAPTERS[args.method].for_model(model, **options)
 
 
-def check_memory(args, config, processor):
+def check_memory(args, processor):
     """Before the weights are read: what training and evaluation will need. Raises InputError if this machine cannot do it."""
-    def adapter_of(model):
-        return ADAPTERS[args.method].for_model(model, **adapter_options(args, processor))
-
-    how = {"fit_gb": args.memory_gb} if args.fit == "layerwise" else {"adapter_of": adapter_of}
-    memory.check(args, config, args.shots, (0, *args.compare), kind=classes_of(args.model)[0], **how)
+    how = {"fit_gb": args.memory_gb} if args.fit == "layerwise" else {"adapter_of": partial(new_adapter, args, processor)}
+    memory.check(args, processor.config, args.shots, (0, *args.compare), kind=classes_of(args.model)[0], **how)
 
 
 def is_finished(args):
@@ -480,7 +481,7 @@ def delete_unfinished(folder):
 def show_answers(folder, args, split, n=3):
     """A few questions with what each method said to them."""
     said = {}
-    for p in map(json.loads, read_lines(folder / "predictions.jsonl")):
+    for p in read_predictions(folder / "predictions.jsonl"):
         if p["dataset"] == args.dataset and p["split"] == split:
             said.setdefault(p["id"], []).append(p)
     for predictions in list(said.values())[:n]:
@@ -502,6 +503,9 @@ def main(argv=None):
     split = DATASETS[args.dataset].eval_split
     queries = load(args.dataset, args.data, split, args.task)[:args.limit]
     samples, dev, queries = with_pictures(args, samples, dev, queries)
+    if not dev and not all(q.answers for q in queries):
+        raise InputError(f"{args.data}: expected annotations of {args.dataset} {split}, or dev samples to score instead, "
+                         "found neither")
     args.epochs = args.epochs or next(n or classes_of(args.model)[0].epochs for most, n in EPOCHS if len(samples) <= most)
     demonstrations(args, samples, samples[:args.batch_size], 0)           # too few samples? say it before the long work
     if is_finished(args):
@@ -509,7 +513,7 @@ def main(argv=None):
         rows = read_rows(Path(args.out) / "results.json")
         print(f"{args.out}: already finished\n\n" + table(rows))
         return rows
-    model, processor = load_model(args.model, device, args.dtype, lambda *x: check_memory(args, *x))
+    model, processor = load_model(args.model, device, args.dtype, partial(check_memory, args))
     if layerwise:                                              # too little memory? likewise
         chunks = layerwise_chunks(args, samples, processor)
         kept, on_disk = plan(model, chunks, processor.image_ids, args.fit_tokens, args.memory_gb)
@@ -521,7 +525,7 @@ def main(argv=None):
     if rank() == 0:
         wait()
     torch.manual_seed(args.seed)
-    adapter = ADAPTERS[args.method].for_model(model, **adapter_options(args, processor))
+    adapter = new_adapter(args, processor, model)
     if layerwise:
         def embed(rows):
             return model.embed(rows.input_ids.to(model.device), gather(features, rows.samples))

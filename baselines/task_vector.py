@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from data import pick_icds, prompts
+from features import gather
 from mimic import Recorder, read_adapter, save_atomically
 from model import InputError, Shifts
 
@@ -61,8 +62,7 @@ def load_vector(path, what):
 def inputs(model, processor, template, features, queries, icds):
     """What the model reads for these prompts, on its device → input_ids (B,T), attention_mask (B,T), image_features."""
     rows = prompts(queries, icds, processor, template)
-    images = torch.stack([features[s.image_id] for s in rows.samples])
-    return rows.input_ids.to(model.device), rows.attention_mask.to(model.device), images
+    return rows.input_ids.to(model.device), rows.attention_mask.to(model.device), gather(features, rows.samples)
 
 
 @torch.no_grad()

@@ -68,6 +68,9 @@ def test_train_vqav2_without_val_annotations_evaluates_on_dev(tiny_folder, share
     run_train("vqav2", tiny_folder, shared, tmp_path / "vqav2")
     check_run(tmp_path / "vqav2", "vqav2", "dev", [("mimic", 0)])
     assert "no annotations" in capsys.readouterr().out
+    with pytest.raises(InputError, match="expected annotations of vqav2 val, or dev samples to score instead, found neither"):
+        run_train("vqav2", tiny_folder, shared, tmp_path / "undecided", "--dev-samples", "0")
+    assert not (tmp_path / "undecided").exists()
 
 
 @pytest.mark.parametrize("dataset", ["okvqa", "coco"])

@@ -10,7 +10,9 @@ from conftest import with_pictures
 from grading import same
 
 import explain
-from data import TEMPLATES, Processor, Rows, Sample, collate, pick_icds, train_dev
+import train
+from baselines.lora import LoRA
+from data import OFFICIAL_TEMPLATES, TEMPLATES, Processor, Rows, Sample, collate, pick_icds, train_dev
 from features import encode_images
 from fit import is_demonstration
 from mimic import MimIC, Recorder
@@ -103,6 +105,43 @@ def test_distances_are_the_mean_norms_of_the_states_differences(toy):
         total += math.sqrt(sum(x * x for x in difference))
     assert found["zero-shot"][layer] == pytest.approx(total / batch.align.sum().item(), rel=1e-5)
     assert found["MimIC"][layer] != pytest.approx(found["zero-shot"][layer], rel=1e-3)
+
+
+def test_the_distance_of_a_lora_is_that_of_the_model_with_its_weights(toy):
+    model, _, batch, features = toy
+    lora = LoRA.for_model(model).double().eval()
+    for B in lora.B.values():
+        torch.nn.init.normal_(B, std=0.3)
+    found = explain.distances(model, {"zero-shot": None, "LoRA": lora}, [batch], features)
+    student = explain.inside(lora.merge(model), batch.student, features).states[-1][:, -batch.align.shape[1]:]
+    teacher = explain.inside(model, batch.teacher, features).states[-1][:, -batch.align.shape[1]:]
+    assert found["LoRA"][-1] == pytest.approx((student - teacher)[batch.align].norm(dim=-1).mean().item(), rel=1e-5)
+    assert found["LoRA"][-1] != pytest.approx(found["zero-shot"][-1], rel=1e-3)
+
+
+def test_demonstrations_of_an_official_prompt_end_at_its_masked_separator(toy):
+    pool, processor = toy[2].teacher.samples, Processor.from_pretrained(REPOSITORY / "checkpoints/tiny")
+    batch = collate([pool[0], pool[3]], [pool[1:3], pool[4:5]], processor, OFFICIAL_TEMPLATES["toy"])
+    for ids, found in zip(batch.teacher.input_ids.tolist(), is_demonstration(batch).tolist(), strict=True):
+        begin = ids.index(processor.bos_id) + 1
+        end = ids.index(processor.pad_id, begin)               # the separator before the query; it is masked as a key
+        assert found == [begin <= i <= end for i in range(len(ids))] and end < ids.index(processor.pad_id, end + 1)
+
+
+@pytest.mark.parametrize("method", ["stave", "prompt-tuning"])
+def test_a_run_that_reads_another_prompt_is_refused_beside(tmp_path, method):
+    for name in "mimic", method:
+        train.main(["--method", name, "--samples", "12", "--epochs", "1", "--limit", "2", "--out", str(tmp_path / name)])
+    with pytest.raises(InputError, match=f"--beside .*: expected, for distance, .*, found {method}"):
+        explain.main(["--run", str(tmp_path / "mimic"), "--beside", str(tmp_path / method), "--only", "distance",
+                      "--out", str(tmp_path / "figures")])
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"method": "icl"}'])
+def test_arguments_of_something_else_are_refused(tmp_path, content):
+    (tmp_path / "args.json").write_text(content)
+    with pytest.raises(InputError, match="args.json: expected the arguments of a run of train.py"):
+        explain.main(["--run", str(tmp_path)])
 
 
 def test_what_is_no_run_is_refused(tmp_path):
