@@ -446,7 +446,8 @@ def test_a_disk_that_is_full(command, tmp_path, script, file, size):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("script, words, option, hint", [
-    ("train.py", ["--samples", "600", "--batch-size", "600"], "--batch-size 600", "try --batch-size 300, with twice the --accumulate"),
+    ("train.py", ["--samples", "600", "--batch-size", "600"], "--batch-size 600",
+     "try --batch-size 300, with twice the --accumulate"),
     ("eval.py", ["--shots", "8", "--limit", "500", "--eval-batch-size", "500"], "--eval-batch-size 500",
      "try --eval-batch-size 250")])
 def test_too_little_memory_for_a_batch(command, tmp_path, script, words, option, hint):
