@@ -74,7 +74,7 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<fake_token_around_image>", "<image>"
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Sample:
-    image_id: int
+    image_id: int                 # one number for one picture in all splits: image features are kept under it
     image: object                 # path of the picture, or the PIL image itself
     question: str | None          # None for captions
     answers: list                 # what a prediction is scored against: the annotators' answers, or reference captions
@@ -586,6 +586,8 @@ def split(processor, prefix, query, answer):
 def main(argv=None):
     """`fetch` and `show` are files of their own, read when they are called."""
     words = sys.argv[1:] if argv is None else argv
+    if words[:1] in (["-h"], ["--help"]):
+        return print(f"{__doc__}\n`data.py fetch --help` and `data.py show --help` say more.")
     if words[:1] == ["fetch"]:
         from fetch import main as command
     elif words[:1] == ["show"]:

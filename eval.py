@@ -44,7 +44,7 @@ from mimic import MimIC
 from model import Idefics2, InputError, Shifts, read_json, written_whole
 from parallel import gather as together
 from parallel import join, leave, rank, share, wait, world
-from results import further_scores, official_name, official_records, score, score_file, write_atomically
+from results import further_scores, official_name, official_records, score, score_file, stemmer, write_atomically
 from resume import command_to_go_on
 
 ADAPTERS = {"mimic": MimIC, "live": LIVE, "lora": LoRA, "hificl": HiFICL, "stave": STAVE,
@@ -248,6 +248,7 @@ def kept_answers(folder, row, settings, resume):
 
 
 SAME = ("dataset", "split", "method", "shots", "n", "seed")            # a new row takes the place of one that agrees in these
+ALSO = ("model", "task", "samples", "dtype", "official", "num_beams", "length_penalty")          # and must agree in these, too
 
 
 def add_results(folder, row, samples, answers, each):
@@ -279,6 +280,11 @@ def evaluate(folder, model, processor, dataset, split, samples, method, shots=0,
            "score": None, "n": len(samples), "seed": seed, "parameters": parameters}
     name = f"{method}{f' {shots}-shot' if shots else ''}"
     if settings is not None:
+        row |= {k: settings[k] for k in ALSO} | {"model": Path(settings["model"]).resolve().name}
+        for old in read_rows(Path(folder) / "results.json"):
+            if all(old[k] == row[k] for k in SAME) and (differ := [k for k in ALSO if old.get(k, row[k]) != row[k]]):
+                raise InputError(f"{folder}: expected no results of {name} or those of the same arguments, found other "
+                                 f"{', '.join(differ)}; choose another --out")
         options["done"], options["keep"] = kept_answers(Path(folder), row, settings, resume)
         if sum(len(r["queries"]) for r in options["done"]) == len(samples):
             print(f"{name}: all {len(samples)} answers are there already")
@@ -322,8 +328,9 @@ def add_common_arguments(parser):
                       help="leave out samples whose picture is missing or damaged, and list them (default: one is an error)")
     data.add_argument("--limit", type=int, default=None, metavar="N", help="evaluate the first N items only (default: all)")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="checkpoints/tiny", metavar="FOLDER",
-                       help="config.json, safetensors and tokenizer.json as published (default %(default)s)")
+    model.add_argument("--model", default=None, metavar="FOLDER",
+                       help="config.json, safetensors and tokenizer.json as published (default idefics2-8b-base; toys: "
+                            "checkpoints/tiny)")
     model.add_argument("--device", default=None, help="cpu, cuda, cuda:1 … (default: cuda if there is one)")
     model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None,
                        help="of the frozen weights; adapters are fp32 always (default: bfloat16 on cuda, float32 on cpu)")
@@ -352,12 +359,17 @@ def resolve(args):
         value = getattr(args, name, None)
         if value is not None and not least <= value <= most:
             raise InputError(f"--{name.replace('_', '-')}: expected {least:g} to {most:g}, found {value:g}")
+    args.model = args.model or default_model(args.dataset)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device: expected a device of this machine, found {args.device} ({str(e).splitlines()[0]})") from None
+
+
+def default_model(dataset):
+    return "checkpoints/tiny" if dataset.startswith("toy") else "idefics2-8b-base"
 
 
 def template_of(args, processor):
@@ -409,7 +421,8 @@ def main(argv=None):
     run = add_common_arguments(parser)
     run.add_argument("--run", default=None, metavar="FOLDER", help="a folder train.py wrote: its adapter, model, data and seed")
     run.add_argument("--method", choices=SHOTS, default=None,
-                     help="without --run (default: icl if --shots is given, else zero-shot)")
+                     help="what needs no training; of trained adapters --run knows the method (default: icl if --shots is given, "
+                          "else zero-shot)")
     run.add_argument("--shots", type=int, default=None,
                      help="ICDs before each query, or in the prompts that a vector is made of (default: the model's, 8 of "
                           "Idefics2; function-vector 10)")
@@ -443,8 +456,11 @@ def main(argv=None):
         return score_file(args)
     if args.run:                  # the run's own arguments, where the command line says nothing else
         saved = run_arguments(args.run)
+        if "finished" not in saved:
+            print(f"{args.run}: an unfinished run; what follows is of its best epoch so far", file=sys.stderr)
         if args.method or args.shots is not None:
-            raise InputError("--run: expected neither --method nor --shots beside it, found one")
+            raise InputError("--run: expected neither --method nor --shots beside it (--restore-shots puts demonstrations back), "
+                             "found one")
         args = parser.parse_args([*saved_words(saved, args, parser, Path(args.run) / "args.json"), *argv])
     elif args.restore_shots is not None:
         raise InputError(f"--restore-shots {args.restore_shots}: expected --run beside it, found none")
@@ -469,6 +485,8 @@ def main(argv=None):
     pool, dev, queries = with_pictures(args, pool, dev, queries)
     if shots:
         pick_icds(pool, pool[0], shots, "")                    # too few even so? say it before the long work
+    if args.dataset == "okvqa" and all(q.answers for q in queries):
+        stemmer(args.data)                                     # can it be scored? likewise
     model, processor = load_model(args.model, device, args.dtype,
                                   lambda processor: memory.check(args, processor.config, 0, (shots,), kind=kind))
     options, folder = generation_options(args, processor), Path(args.out or args.run or f"runs/{args.dataset}-{args.method}")

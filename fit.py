@@ -208,23 +208,30 @@ class States:
         return x.to(like.device, like.dtype)
 
 
+def gigabytes(text, N, columns, itemsize):
+    """1e9 bytes of one layer's regression on N tokens, and of the states of all columns between two layers. text: TextConfig."""
+    HD, d = text.num_attention_heads * text.head_dim, text.hidden_size
+    layer = 4 * N * (HD + d) + 4 * 8 * HD ** 2                      # q and Δ in fp32; the normal equations, on the way to v
+    return layer / 1e9, columns * d * itemsize / 1e9
+
+
 def plan(model, chunks, image_ids, tokens, memory_gb):
     """→ the columns that count, one (B,T_q) bool a chunk, and whether the states have to lie on disk.
 
     chunks: a list of lists of Batch, the same queries with another draw of demonstrations each, as data.collate makes them.
     tokens: "all" of query and answer, "text" (all but image tokens) or "answer". memory_gb (1e9 bytes): for the states of all
     chunks and for one layer's regression. Raises InputError if the regression alone is larger."""
-    text, kept = model.config.text, []
+    kept = []
     for batch, *_ in chunks:
         ids, answer = (x[:, -batch.align.shape[1]:] for x in (batch.student.input_ids, batch.answer))
         text_only = batch.align & ~torch.isin(ids, torch.tensor(image_ids))
         kept.append({"all": batch.align, "text": text_only, "answer": answer}[tokens])
-    N, HD, d = sum(int(k.sum()) for k in kept), text.num_attention_heads * text.head_dim, text.hidden_size
-    layer_gb = (4 * N * (HD + d) + 4 * 8 * HD ** 2) / 1e9           # q and Δ in fp32; the normal equations, on the way to v
+    N = sum(int(k.sum()) for k in kept)
+    columns = sum(rows.input_ids.numel() for draws in chunks for rows in (draws[0].student, *(b.teacher for b in draws)))
+    layer_gb, states_gb = gigabytes(model.config.text, N, columns, model.lm_head.weight.element_size())
     if layer_gb > memory_gb:
         raise InputError(f"--memory-gb: expected at least {layer_gb:.2g} for {N:,} tokens of one layer, found {memory_gb:g}")
-    columns = sum(rows.input_ids.numel() for draws in chunks for rows in (draws[0].student, *(b.teacher for b in draws)))
-    return kept, layer_gb + columns * d * model.lm_head.weight.element_size() / 1e9 > memory_gb
+    return kept, layer_gb + states_gb > memory_gb
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ def check(args, config, shots=0, eval_shots=(0,), adapter_of=None, fit_gb=None, 
     print(line + ("unknown" if there is None else f"{there:.3g}"))
     if there is None or needed(found) <= there:
         return
-    advice = "no batch is small enough"
+    advice = "no batch is small enough" + (", a smaller --memory-gb may be" if fit_gb else "")
     for dtype in dict.fromkeys(("bfloat16", args.dtype)):              # the last that fits is the best advice
         model, smaller = meta_model(config, getattr(torch, dtype), kind), dict(batch_sizes)
         while needed(fits := estimate(model, **smaller)) > there and max(smaller.values()) > 1:

@@ -179,7 +179,7 @@ def score_file(args):
     if args.run or args.limit:
         raise InputError("--score: expected neither --run nor --limit (the file says what is scored), found one")
     dataset = "coco" if args.chair and args.dataset == "toy" else args.dataset
-    if dataset not in ("okvqa", "vqav2", "coco") or (args.chair and dataset != "coco"):
+    if dataset.startswith("toy") or (args.chair and dataset != "coco"):
         raise InputError(f"--score: expected --dataset {'coco' if args.chair else 'okvqa, vqav2 or coco'}, found {dataset}")
     split = args.split or DATASETS[dataset].eval_split
     samples = load(dataset, args.data, split)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import toy
 from data import DATASETS, collate, pick_icds, render, to_rgb, train_dev
-from eval import classes_of, template_of
+from eval import classes_of, default_model, template_of
 from model import InputError
 
 HEAD = ("column", "id", "token", "attention", "image", "aligned", "CE", "part")
@@ -99,8 +99,8 @@ def main(words):
                                      epilog=__doc__.split("\n\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--data", default="data", metavar="FOLDER", help="as train.py's (default %(default)s)")
-    parser.add_argument("--model", default="checkpoints/tiny", metavar="FOLDER",
-                        help="whose tokenizer.json and config.json are read, no weights (default %(default)s)")
+    parser.add_argument("--model", default=None, metavar="FOLDER",
+                        help="whose tokenizer.json and config.json are read, no weights (default: as train.py's)")
     parser.add_argument("--task", type=int, default=0, metavar="N", help="number of the toy's hidden rule (default %(default)s)")
     parser.add_argument("--samples", type=int, default=1000, help="as train.py's (default %(default)s)")
     parser.add_argument("--dev-samples", type=int, default=200, help="as train.py's (default %(default)s)")
@@ -113,8 +113,9 @@ def main(words):
     for name, least in {"samples": 1, "dev_samples": 0, "shots": 0, "batch_size": 1}.items():
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, found {getattr(args, name)}")
-    processor = classes_of(args.model)[1].from_pretrained(args.model)
     samples, _ = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task)
+    args.model = args.model or default_model(args.dataset)
+    processor = classes_of(args.model)[1].from_pretrained(args.model)
     template = template_of(args, processor)
     queries, icds = first_batch(samples, args)
     batch = collate(queries, icds, processor, template)

@@ -1,8 +1,8 @@
 """Train MimIC: the zero-shot model, with shifts, imitates the same model run with demonstrations. Or a method beside it.
 
     python train.py                                                             # the toy world: everything in three minutes
-    python train.py --dataset okvqa --model FOLDER --data FOLDER                # Idefics2-8b-base on OK-VQA
-    python train.py --dataset coco --shots 8 --lr 1e-3 --out runs/my-run
+    python train.py --dataset okvqa                                             # OK-VQA in data/, the model in idefics2-8b-base/
+    python train.py --dataset coco --data FOLDER --model FOLDER --lr 1e-3 --out runs/my-run
     python train.py --method lora                                               # or live, hificl, stave, prompt-tuning
     python train.py --fit layerwise                                             # without backpropagation: fit.py
 
@@ -56,7 +56,7 @@ from eval import (
     write_atomically,
 )
 from features import Features, encode_images, gather, sees_alike
-from fit import fit, is_demonstration, plan, seconds_of
+from fit import fit, gigabytes, is_demonstration, plan, seconds_of
 from mimic import Recorder, align_loss
 from model import InputError, KVCache, not_finite, read_json
 from parallel import add, join, rank, share, wait, world
@@ -134,7 +134,8 @@ def parse(argv):
     optimisation.add_argument("--batch-size", type=int, default=4, help="queries at a time (default %(default)s)")
     optimisation.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step (default %(default)s)")
     optimisation.add_argument("--lr", type=float, default=None,
-                              help="highest rate of AdamW (default of mimic 5e-3, on the toys 2e-2; others: see DEFAULTS)")
+                              help="highest rate of AdamW (default, and that on the toys: " + ", ".join(
+                                  f"{method} {lr:g}, {on_toys:g}" for method, (lr, on_toys, *_) in DEFAULTS.items()) + ")")
     optimisation.add_argument("--warmup", type=float, default=0.1,
                               help="share of the steps with a rising rate, then cosine (default %(default)s)")
     optimisation.add_argument("--weight-decay", type=float, default=1e-3, help="of AdamW (default %(default)s)")
@@ -159,6 +160,8 @@ def parse(argv):
     if args.shots is None:
         args.shots = classes_of(args.model)[0].shots
     args.compare = (COMPARE if toy else []) if args.compare is None else args.compare
+    if min(args.compare, default=0) < 0:
+        raise InputError(f"--compare: expected numbers of demonstrations, 0 or more, found {min(args.compare)}")
     args.align_on = args.align_on or ("logits" if args.method == "live" else "ffn" if args.official else "layer")
     args.ce_on = args.ce_on or ("sequence" if args.official else "answer")
     args.ce_prompts = args.ce_prompts or ("both" if args.method == "stave" else "query")
@@ -166,12 +169,15 @@ def parse(argv):
     args.z2 = args.z2 or ("unmasked" if args.official else "masked")
     args.scope = args.scope or ("all" if args.official else "text")
     args.align_norm = not args.official if args.align_norm is None else args.align_norm
-    if "layerwise" in (args.fit, args.init) and (
-            args.method != "mimic" or args.official or args.shots < 1 or args.z2 != "masked" or args.mu == "layer"):
+    wrong = [(args.method != "mimic", f"--method {args.method}"), (args.shots < 1, f"--shots {args.shots}"),
+             (args.z2 != "masked", f"--z2 {args.z2}"), (args.mu == "layer", "--mu layer"), (args.official, "--official")]
+    if "layerwise" in (args.fit, args.init) and (found := " ".join(option for bad, option in wrong if bad)):
         raise InputError("a layer-wise fit: expected --method mimic, at least one shot, --z2 masked, --mu head or one and no "
-                         "--official; found another")
-    if args.share_icds and (args.official or args.fit == "layerwise" or args.ce_prompts == "both"):
-        raise InputError("--share-icds: expected gradient steps on the query alone, without --official; found another")
+                         f"--official; found {found}")
+    wrong = [(args.fit == "layerwise", "--fit layerwise"), (args.ce_prompts == "both", "--ce-prompts both"),
+             (args.official, "--official")]
+    if args.share_icds and (found := " ".join(option for bad, option in wrong if bad)):
+        raise InputError(f"--share-icds: expected gradient steps on the query alone, without --official; found {found}")
     if args.official and args.method not in ("mimic", "live", "lora"):
         raise InputError(f"--official: expected mimic, live or lora, which the official code has, found {args.method}")
     if args.method == "prompt-tuning" and args.lambda_align:
@@ -394,9 +400,14 @@ def about(args):
             "shots": args.shots, "seed": args.seed, "fit": args.fit, "init": args.init, "torch": torch.__version__}
 
 
+def fit_draws(args, n):
+    """Sets of demonstrations that each of n queries meets in a layer-wise fit."""
+    return args.draws or max(1, min(10, round(1000 / n)))
+
+
 def layerwise_chunks(args, samples, processor):
     """What the layer-wise fit reads: lists of Batch, the same queries with other demonstrations each (fit.plan)."""
-    draws, template = args.draws or max(1, min(10, round(1000 / len(samples)))), template_of(args, processor)
+    draws, template = fit_draws(args, len(samples)), template_of(args, processor)
 
     def collated(queries, draw):
         icds = [pick_icds(samples, q, args.shots, f"{args.seed}-{draw}-{q.id}") for q in queries]
@@ -416,9 +427,15 @@ def new_adapter(args, processor, model):
     return ADAPTERS[args.method].for_model(model, **options)
 
 
-def check_memory(args, processor):
-    """Before the weights are read: what training and evaluation will need. Raises InputError if this machine cannot do it."""
-    how = {"fit_gb": args.memory_gb} if args.fit == "layerwise" else {"adapter_of": partial(new_adapter, args, processor)}
+def check_memory(args, n, processor):
+    """Before the weights are read: what training on n samples and evaluation will need. Raises InputError if this machine cannot
+    do it."""
+    how = {"adapter_of": partial(new_adapter, args, processor)}
+    if args.fit == "layerwise":
+        one = processor.tokens_per_image + memory.TEXT_TOKENS
+        columns = n * one * (1 + fit_draws(args, n) * (args.shots + 1))
+        wanted = sum(gigabytes(processor.config.text, n * one, columns, getattr(torch, args.dtype).itemsize))
+        how = {"fit_gb": min(args.memory_gb, wanted)}           # what is beyond goes to disk
     memory.check(args, processor.config, args.shots, (0, *args.compare), kind=classes_of(args.model)[0], **how)
 
 
@@ -507,13 +524,16 @@ def main(argv=None):
         raise InputError(f"{args.data}: expected annotations of {args.dataset} {split}, or dev samples to score instead, "
                          "found neither")
     args.epochs = args.epochs or next(n or classes_of(args.model)[0].epochs for most, n in EPOCHS if len(samples) <= most)
+    print(f"{len(samples)} samples to train on, {len(dev)} for dev, {len(queries)} to evaluate"
+          + (f" (--samples {args.samples}: there are no more)" if len(samples) < args.samples else ""))
     demonstrations(args, samples, samples[:args.batch_size], 0)           # too few samples? say it before the long work
+    pick_icds(samples, queries[0], max(args.compare, default=0), "")
     if is_finished(args):
         delete_unfinished(Path(args.out))                      # a kill came in between
         rows = read_rows(Path(args.out) / "results.json")
         print(f"{args.out}: already finished\n\n" + table(rows))
         return rows
-    model, processor = load_model(args.model, device, args.dtype, partial(check_memory, args))
+    model, processor = load_model(args.model, device, args.dtype, partial(check_memory, args, len(samples)))
     if layerwise:                                              # too little memory? likewise
         chunks = layerwise_chunks(args, samples, processor)
         kept, on_disk = plan(model, chunks, processor.image_ids, args.fit_tokens, args.memory_gb)

@@ -451,7 +451,7 @@ def test_a_disk_that_is_full(command, tmp_path, script, file, size):
     ("eval.py", ["--shots", "8", "--limit", "500", "--eval-batch-size", "500"], "--eval-batch-size 500",
      "try --eval-batch-size 250")])
 def test_too_little_memory_for_a_batch(command, tmp_path, script, words, option, hint):
-    status, errors = command(script, [*words, "--out", tmp_path / "run"], more_memory=250_000_000)
+    status, errors = command(script, [*words, "--out", tmp_path / "run"], more_memory=350_000_000)
     line = errors[errors.index("error: "):] if "error: " in errors else errors
     assert status == 2 and line.startswith(
         f"error: {option}: expected it to fit into the memory, found that it does not; {hint}"), errors

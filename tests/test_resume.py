@@ -172,10 +172,14 @@ def test_eval_takes_the_answers_that_are_there_and_without_resume_none(tmp_path,
     assert len(batches) == 4 + 2 and row["n"] == 20                       # five batches, the fourth twice
     assert evaluation.main([*words, "--resume"]) == row and len(batches) == 6
     assert "zero-shot: all 20 answers are there already" in capsys.readouterr().out
-    evaluation.main([*words, "--resume", "--num-beams", "2"])              # other settings: other answers
-    assert len(batches) == 6 + 5
+    evaluation.main([*words, "--resume", "--eval-batch-size", "5"])        # other settings: other answers
+    assert len(batches) == 6 + 4
     evaluation.main(words)
-    assert len(batches) == 11 + 5
+    assert len(batches) == 10 + 5
+    for option, value, name in ("--num-beams", "2", "num_beams"), ("--task", "3", "task"):       # what would be another result
+        with pytest.raises(InputError, match=f"expected no results of zero-shot or those of the same arguments.*other {name};"):
+            evaluation.main([*words, option, value])
+    assert len(batches) == 15 and evaluation.read_rows(tmp_path / "results.json")[0]["num_beams"] == 1
 
 
 def test_a_line_that_was_being_written_is_lost_alone(tmp_path):
