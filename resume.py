@@ -66,6 +66,8 @@ def held_back():
         if noted and number == signal.SIGINT and world() == 1:
             raise KeyboardInterrupt
         noted.append(number)
+        if number == signal.SIGINT and world() == 1:
+            print("\nstopping behind this step or score; Ctrl-C again stops at once, without saving", file=sys.stderr)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

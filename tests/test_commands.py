@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+import data
 import eval as evaluation
+import show
 import train
 from model import InputError
 
@@ -71,6 +73,40 @@ def test_train_vqav2_without_val_annotations_evaluates_on_dev(tiny_folder, share
     with pytest.raises(InputError, match="expected annotations of vqav2 val, or dev samples to score instead, found neither"):
         run_train("vqav2", tiny_folder, shared, tmp_path / "undecided", "--dev-samples", "0")
     assert not (tmp_path / "undecided").exists()
+
+
+def test_without_model_real_data_want_the_published_one(shared, tmp_path, monkeypatch):
+    """Not the toy's, whose answers would be worth nothing."""
+    monkeypatch.chdir(tmp_path)
+    for main in train.main, evaluation.main, show.main:
+        words = [*(["okvqa"] if main is show.main else ["--dataset", "okvqa"]), "--data", str(shared / "data")]
+        with pytest.raises(InputError, match="^idefics2-8b-base: expected a model folder"):
+            main(words)
+
+
+def test_too_many_shots_to_compare_with_are_refused_before_the_training(tmp_path):
+    words = ["--samples", "12", "--dev-samples", "2", "--limit", "2", "--out", str(tmp_path / "run")]
+    for shots, message in ("13", "expected at least 13 training samples"), ("-1", "--compare: expected numbers of demon"):
+        with pytest.raises(InputError, match=message):
+            train.main([*words, "--compare", "0", shots])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_score_of_an_unfinished_run_says_so(tmp_path, capsys):
+    train.main(["--samples", "12", "--dev-samples", "2", "--limit", "2", "--epochs", "1", "--compare", "--out", str(tmp_path)])
+    again = ["--run", str(tmp_path), "--limit", "2"]
+    evaluation.main(again)
+    assert "unfinished" not in capsys.readouterr().err
+    about = json.loads((tmp_path / "args.json").read_text())
+    del about["finished"]
+    (tmp_path / "args.json").write_text(json.dumps(about))
+    evaluation.main(again)
+    assert "an unfinished run; what follows is of its best epoch so far" in capsys.readouterr().err
+
+
+def test_data_py_says_what_it_can(capsys):
+    data.main(["--help"])
+    assert "data.py fetch okvqa" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dataset", ["okvqa", "coco"])

@@ -12,6 +12,7 @@ import eval as evaluation
 import memory
 import train
 from baselines.lora import LoRA
+from data import Processor
 from idefics1 import Idefics1
 from mimic import MimIC
 from model import Config, Idefics2, InputError, PerceiverConfig, TextConfig, VisionConfig
@@ -77,6 +78,17 @@ def test_a_run_that_cannot_fit_stops_with_options_that_do(monkeypatch, capsys):
         check(4.8, dtype="bfloat16", batch_size=4, accumulate=2)
     with pytest.raises(InputError, match="no batch is small enough"):
         check(3)
+
+
+def test_a_layerwise_fit_asks_for_what_it_needs_and_not_for_all_it_may_take(monkeypatch, capsys):
+    args = train.parse(["--fit", "layerwise", "--memory-gb", "8"])
+    processor = Processor.from_pretrained(args.model)
+    monkeypatch.setattr(memory, "free", lambda device: 1)
+    train.check_memory(args, 50, processor)                     # measured: 0.5 GiB, the libraries' code included
+    with pytest.raises(InputError, match="no batch is small enough, a smaller --memory-gb may be"):
+        train.check_memory(args, 50_000, processor)
+    args.memory_gb = 0.3
+    train.check_memory(args, 50_000, processor)
 
 
 @pytest.mark.parametrize("main", [train.main, evaluation.main])
