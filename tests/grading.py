@@ -92,9 +92,10 @@ def same(found, expected, mistakes=None, atol=1e-12):
     __tracebackhide__ = True
 
     def equal(a, b):
-        return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=atol)
+        return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=atol, equal_nan=True)
 
     found, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (found, expected))
+    assert not expected.isnan().any()
     if equal(found, expected):
         return
     if found.shape != expected.shape:

@@ -95,7 +95,13 @@ def test_lse_of_a_fully_masked_row_is_minus_infinity_and_its_output_zero():
     mask = torch.ones(2, 1, 5, 7, dtype=torch.bool)
     mask[0, :, 1] = False
     out, lse = attention(q, k, v, mask)
-    assert (lse[0, :, 1] == -math.inf).all() and (out[0, :, 1] == 0).all() and out.isfinite().all()
+    same(lse[0, :, 1], torch.full_like(lse[0, :, 1], -torch.inf), {
+        "−inf − −inf is nan": lambda: torch.full_like(lse[0, :, 1], torch.nan)})
+    same(out[0, :, 1], torch.zeros_like(out[0, :, 1]), {
+        "the softmax of a row of −inf is nan": lambda: torch.full_like(out[0, :, 1], torch.nan),
+        "a large negative number instead of −inf: the mean of values that nobody may see":
+            lambda: v[0].mean(1).repeat_interleave(q.shape[1] // v.shape[1], 0)})
+    assert out.isfinite().all()
 
 
 def test_a_fully_masked_row_sends_no_gradient_and_no_nan():
@@ -104,7 +110,9 @@ def test_a_fully_masked_row_sends_no_gradient_and_no_nan():
     mask[0, :, 1] = False
     out, lse = attention(q, k, v, mask)
     (out.sum() + lse[lse.isfinite()].sum()).backward()
-    assert (q.grad[0, :, 1] == 0).all() and all(x.grad.isfinite().all() for x in (q, k, v))
+    for name, x in ("q", q), ("k", k), ("v", v):
+        assert x.grad.isfinite().all(), f"the gradient of {name} has nan: what is masked behind a softmax comes back in its gradient"
+    same(q.grad[0, :, 1], torch.zeros_like(q[0, :, 1]))
 
 
 def test_gradients_of_output_and_lse_are_right():
