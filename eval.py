@@ -185,7 +185,7 @@ def make_folder(path):
 def run_arguments(folder):
     """What args.json of a run of train.py says. Raises InputError if it is something else."""
     saved = read_json(Path(folder) / "args.json")
-    if not isinstance(saved, dict) or saved.get("method") not in ADAPTERS:
+    if not isinstance(saved, dict) or saved.get("method") not in list(ADAPTERS):        # a list: it may be unhashable
         raise InputError(f"{folder}/args.json: expected the arguments of a run of train.py, found something else")
     return saved
 

@@ -20,6 +20,7 @@ import os
 import platform
 import random
 import subprocess
+import sys
 import time
 from collections import ChainMap
 from functools import partial
@@ -77,6 +78,19 @@ EPOCHS = (99, 15), (500, 10), (math.inf, None)
 LOG = ["step", "epoch", "loss", "align", "ce", "lr", "grad_norm", "seconds", "dev", "test"]       # columns of log.csv
 UNFINISHED = "state.safetensors", "fit.safetensors", "features.json", "features.bin"      # what a run goes on from
 SAVE_SECONDS = 60                 # between two states of a run to go on from, at most; its epochs end with one, too
+
+
+def say_unread(args, given):
+    """A line for every option that was given and changes nothing."""
+    layerwise = "layerwise" in (args.fit, args.init)
+    for names, reads, who in (
+            ("epochs lr warmup weight_decay clip accumulate lambda_align lambda_ce test_every_epoch", args.fit == "training",
+             "--fit training"),
+            ("fit_tokens memory_gb", layerwise, "--fit or --init layerwise"), ("z2 mu", args.method == "mimic", "--method mimic"),
+            ("rank", args.method in ("lora", "hificl"), "--method lora or hificl"),
+            ("targets scope", args.method == "lora", "--method lora")):
+        for name in () if reads else sorted(given & set(names.split())):
+            print(f"--{name.replace('_', '-')} changes nothing here: only {who} reads it", file=sys.stderr)
 
 
 def parse(argv):
@@ -148,6 +162,7 @@ def parse(argv):
     run.add_argument("--compare", type=int, nargs="*", default=None, metavar="K",
                      help="evaluate in-context learning too, with these shots, 0 = zero-shot (toys: 0 1 2 4 8, else none)")
     args = parser.parse_args(argv)
+    say_unread(args, {name for name, value in vars(args).items() if value != parser.get_default(name)})
     resolve(args)
     toy = args.dataset.startswith("toy")
     kind = "-layerwise" if args.fit == "layerwise" else "-polished" if args.init == "layerwise" else ""

@@ -465,6 +465,19 @@ def test_numbers_that_cannot_be(main, words, tmp_path, capsys):
     check(complaint(main, [*words, "--out", tmp_path / "run"], capsys), [words[0], "found", f"{float(words[1]):g}"])
 
 
+@pytest.mark.parametrize("words, reader", [
+    (["--fit", "layerwise", "--lambda-ce", "5"], "--fit training"),
+    (["--fit", "layerwise", "--test-every-epoch"], "--fit training"),
+    (["--fit-tokens", "text"], "--fit or --init layerwise"), (["--method", "live", "--mu", "one"], "--method mimic"),
+    (["--rank", "4"], "--method lora or hificl"), (["--method", "hificl", "--scope", "all"], "--method lora"), ([], None),
+    (["--init", "layerwise", "--lr", "0.1", "--memory-gb", "2", "--mu", "one"], None),
+    (["--method", "lora", "--rank", "2"], None)])
+def test_an_option_that_changes_nothing_is_named(words, reader, capsys):
+    train.parse(words)
+    option = next((w for w in words[::-1] if w.startswith("--")), None)
+    assert capsys.readouterr().err == (f"{option} changes nothing here: only {reader} reads it\n" if reader else "")
+
+
 def test_a_loss_that_is_no_number_stops_training_and_names_step_samples_and_the_last_good_file(tmp_path, monkeypatch, capsys):
     losses, calls = train.losses, []
 

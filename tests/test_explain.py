@@ -137,7 +137,7 @@ def test_a_run_that_reads_another_prompt_is_refused_beside(tmp_path, method):
                       "--out", str(tmp_path / "figures")])
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"method": "icl"}'])
+@pytest.mark.parametrize("content", ["[]", "{}", '{"method": "icl"}', '{"method": []}'])
 def test_arguments_of_something_else_are_refused(tmp_path, content):
     (tmp_path / "args.json").write_text(content)
     with pytest.raises(InputError, match="args.json: expected the arguments of a run of train.py"):
