@@ -130,7 +130,14 @@ def run(dataset, options, task, seed, out, common=()):
                 evaluation.main([*common, *options[1:]])
             else:
                 train.main([*common, *options, "--compare"])
-    return json.loads((out / "results.json").read_text())[-1]
+    row, words = evaluation.read_rows(out / "results.json")[-1], [*common, *options]
+    given = dict(zip(words, words[1:], strict=False))
+    for name in {"num_beams", "length_penalty", "samples", "dtype"} & row.keys():
+        option, found = f"--{name.replace('_', '-')}", row[name]
+        if type(found)(given.get(option, found)) != found:
+            raise InputError(f"{out}: expected no results or those with {option} {given[option]}, found {found}; choose another "
+                             "--out")
+    return row
 
 
 def end_with_parent():

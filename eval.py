@@ -12,9 +12,10 @@
     python eval.py --score FILE --chair SYNONYMS.txt --data FOLDER              # captions: CHAIR as well
 
 A run's folder gets results.json (a list of rows {dataset, split, method, shots, metric, score (0-100), n, seed, parameters,
-prompt_tokens, ms_per_query, train_seconds} and the further scores of results.py; a row of the same dataset, split, method,
-shots, n and seed is replaced), predictions.jsonl (one line a prediction) and a result file in the official format. shots:
-demonstrations in the prompt; train_seconds: what it took to make an adapter or a vector; parameters: the numbers that it
+prompt_tokens, ms_per_query, train_seconds; model, task, samples, dtype, official, num_beams, length_penalty} and the further
+scores of results.py; a row that agrees in dataset, split, method, shots, n and seed is replaced if those behind the semicolon
+agree, too, else the command is refused), predictions.jsonl (one line a prediction) and a result file in the official format.
+shots: demonstrations in the prompt; train_seconds: what it took to make an adapter or a vector; parameters: the numbers that it
 consists of. A task or function vector is written beside them, RICES' image vectors too.
 """
 
@@ -270,6 +271,17 @@ def add_results(folder, row, samples, answers, each):
     write_atomically(results, json.dumps([*rows, row], indent=1) + "\n")                # last: a row says that it is done
 
 
+def made_with(folder, settings, **row):
+    """The ALSO of a new row. Raises InputError if results.json has a row that agrees with it in SAME and not in these."""
+    also = {k: settings[k] for k in ALSO} | {"model": Path(settings["model"]).resolve().name}
+    for old in read_rows(Path(folder) / "results.json"):
+        if all(old[k] == row[k] for k in SAME) and (differ := [k for k in ALSO if old.get(k, also[k]) != also[k]]):
+            name = row["method"] + (f" {row['shots']}-shot" if row["shots"] else "")
+            raise InputError(f"{folder}: expected no results of {name} or those of the same arguments, found other "
+                             f"{', '.join(differ)}; choose another --out")
+    return also
+
+
 def evaluate(folder, model, processor, dataset, split, samples, method, shots=0, shifts=None, seed=0, parameters=0,
              train_seconds=0, test_best=None, root=None, settings=None, resume=False, **options):
     """Answers, scores and writes one method on one split → the row. options as `answer`; test_best: written if there is one.
@@ -280,11 +292,7 @@ def evaluate(folder, model, processor, dataset, split, samples, method, shots=0,
            "score": None, "n": len(samples), "seed": seed, "parameters": parameters}
     name = f"{method}{f' {shots}-shot' if shots else ''}"
     if settings is not None:
-        row |= {k: settings[k] for k in ALSO} | {"model": Path(settings["model"]).resolve().name}
-        for old in read_rows(Path(folder) / "results.json"):
-            if all(old[k] == row[k] for k in SAME) and (differ := [k for k in ALSO if old.get(k, row[k]) != row[k]]):
-                raise InputError(f"{folder}: expected no results of {name} or those of the same arguments, found other "
-                                 f"{', '.join(differ)}; choose another --out")
+        row |= made_with(folder, settings, dataset=dataset, split=split, method=method, shots=shots, n=len(samples), seed=seed)
         options["done"], options["keep"] = kept_answers(Path(folder), row, settings, resume)
         if sum(len(r["queries"]) for r in options["done"]) == len(samples):
             print(f"{name}: all {len(samples)} answers are there already")
@@ -456,8 +464,6 @@ def main(argv=None):
         return score_file(args)
     if args.run:                  # the run's own arguments, where the command line says nothing else
         saved = run_arguments(args.run)
-        if "finished" not in saved:
-            print(f"{args.run}: an unfinished run; what follows is of its best epoch so far", file=sys.stderr)
         if args.method or args.shots is not None:
             raise InputError("--run: expected neither --method nor --shots beside it (--restore-shots puts demonstrations back), "
                              "found one")
@@ -477,6 +483,8 @@ def main(argv=None):
     default = kind.shots if SHOTS[args.method] is None else SHOTS[args.method]
     shots = args.restore_shots or 0 if args.run else default if args.shots is None else args.shots
     device, method = join(args.device), saved["method"] if args.run else args.method
+    if args.run and "finished" not in saved and rank() == 0:
+        print(f"{args.run}: an unfinished run; what follows is of its best epoch so far", file=sys.stderr)
     split = args.split or DATASETS[args.dataset].eval_split
     queries = load(args.dataset, args.data, split, args.task)[:args.limit]
     pool, dev = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task) if shots else ((), ())
@@ -500,6 +508,8 @@ def main(argv=None):
         options |= {"shifts": adapter, "parameters": count(adapter)}
         trained = [r.get("train_seconds") for r in read_rows(Path(args.run) / "results.json") if r["method"] == method]
         options["train_seconds"] = trained[0] if trained else 0
+    made_with(folder, vars(args), dataset=args.dataset, split=split, method="rices-first" if args.order == "first" else method,
+              shots=0 if method in VECTORS else shots, n=len(queries), seed=args.seed)  # before a vector file is replaced
     make_folder(folder)
     if method in VECTORS:
         options |= make_vector(args, model, processor, pool, dev, shots, folder, settings)

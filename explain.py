@@ -28,7 +28,17 @@ from tqdm import tqdm
 
 import train
 from data import DATASETS, collate, load, pick_icds, train_dev
-from eval import ADAPTERS, load_model, read_predictions, read_rows, resolve, run_arguments, run_command, template_of
+from eval import (
+    ADAPTERS,
+    check_fits,
+    load_model,
+    read_predictions,
+    read_rows,
+    resolve,
+    run_arguments,
+    run_command,
+    template_of,
+)
 from features import encode_images, gather, sees_alike
 from fit import f_of, is_demonstration, start_f
 from mimic import MimIC
@@ -371,6 +381,8 @@ def main(argv=None):
     model, processor = load_model(run.model, run.device, run.dtype)
     adapters = {"zero-shot": None, **{name: adapter.to(model.device) for name, (_, _, adapter) in others.items()},
                 "MimIC": mimic.to(model.device)}
+    for folder, adapter in (args.run, mimic), *((folder, adapter) for folder, _, adapter in others.values()):
+        check_fits(adapter, model, folder)
     for name, (folder, other, _) in others.items():
         if "distance" in args.only and (other.method in ("stave", "prompt-tuning")
                                         or not sees_alike(model, adapters[name].student(model))):
@@ -419,7 +431,8 @@ def main(argv=None):
         logs = {"MimIC": args.run, **{name: folder for name, (folder, *_) in others.items()}}
         logs = {name: Path(folder) / "log.csv" for name, folder in logs.items()}
         draw_loss(out / "loss.png", {name: list(csv.DictReader(path.open())) for name, path in logs.items() if path.exists()})
-    if "cost" in args.only and len(rows := read_rows(Path(args.run) / "results.json")) > 2:
+    rows = read_rows(Path(args.run) / "results.json") if "cost" in args.only else []
+    if len(rows) > 2 and any(r["method"] == "mimic" for r in rows):
         draw_cost(out / "cost.png", rows, DATASETS[run.dataset].metric)
     if "grid" in args.only and (items := grid_items(args.run, run, samples, 5)):
         draw_grid(out / "grid.png", items)

@@ -29,6 +29,7 @@ from model import (
     Idefics2,
     InputError,
     Linear,
+    RMSNorm,
     SwiGLU,
     TextConfig,
     TextModel,
@@ -240,7 +241,7 @@ class CrossAttention(nn.Module):
         self.q_proj, self.o_proj = (Linear(d, d, bias=False) for _ in range(2))
         self.k_proj, self.v_proj = (Linear(d_vision, d, bias=False) for _ in range(2))
         self.q_layer_norm, self.k_layer_norm = (
-            nn.RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_layer_norms else nn.Identity() for _ in range(2))
+            RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_layer_norms else nn.Identity() for _ in range(2))
 
     def keys_values(self, features):
         """(B,S,d_vision) → (B,H,S,D) each. No rotation: a picture has no position."""
@@ -257,7 +258,7 @@ class GatedBlock(nn.Module):
         super().__init__()
         d, gate = c.hidden_size, (1, 1, c.hidden_size) if c.vector_gates else (1,)
         self.cross_attn, self.mlp = CrossAttention(c, d_vision), SwiGLU(d, c.intermediate_size, d)
-        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(d, c.rms_norm_eps) for _ in range(2))
+        self.input_layernorm, self.post_attention_layernorm = (RMSNorm(d, c.rms_norm_eps) for _ in range(2))
         self.alpha_cross_attn, self.alpha_dense = (nn.Parameter(torch.zeros(gate)) for _ in range(2))
 
     def forward(self, x, k=None, v=None, mask=None, seen=None):

@@ -27,7 +27,7 @@ def mixing_weight(log_z1, log_z2):
     """μ = Z1 / (Z1 + Z2) = sigmoid(log Z1 − log Z2), in (0,1): never overflows. Same shapes in and out.
 
     A row without keys (log Z2 = −inf) gives 1, or 0 if it has no demonstration either, and no gradient to log Z2."""
-    return torch.sigmoid(log_z1 - log_z2.clamp(min=-1e30))              # finite, or −inf − −inf is NaN
+    return torch.sigmoid(log_z1 - log_z2.clamp(min=torch.finfo(log_z2.dtype).min))
 
 
 def icl_attention(q, k_D, v_D, k, v, mask_D=None, mask=None):

@@ -308,6 +308,13 @@ class KVCache:
 # ---------------------------------------------------------------------------------------------------------------------
 # Blocks
 # ---------------------------------------------------------------------------------------------------------------------
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm, but rounded before the weight as in the published code: torch's rounds once less, which shows in bfloat16."""
+
+    def forward(self, x):
+        return self.weight * F.rms_norm(x, self.normalized_shape, None, self.eps)
+
+
 class Linear(nn.Linear):
     """nn.Linear; without gradients, large fp32 weights on a CPU are multiplied by oneDNN, which for the few rows of a decoding
     step is up to six times as fast as the library that torch takes (BENCHMARKS.md)."""
@@ -451,7 +458,7 @@ class PerceiverLayer(nn.Module):
     def __init__(self, c, d):
         super().__init__()
         self.input_latents_norm, self.input_context_norm, self.post_attention_layernorm = (
-            nn.RMSNorm(d, c.rms_norm_eps) for _ in range(3))
+            RMSNorm(d, c.rms_norm_eps) for _ in range(3))
         self.self_attn, self.mlp = PerceiverAttention(c, d), SwiGLU(d, 4 * d, d)
 
     def forward(self, latents, context, mask):
@@ -464,7 +471,7 @@ class PerceiverResampler(nn.Module):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(c.resampler_n_latents, d))
         self.layers = nn.ModuleList(PerceiverLayer(c, d) for _ in range(c.resampler_depth))
-        self.norm = nn.RMSNorm(d, c.rms_norm_eps)
+        self.norm = RMSNorm(d, c.rms_norm_eps)
 
     def forward(self, context, keys):
         """context (N,P,d), keys (N,P) bool → (N,n_latents,d). The latents attend to the context and to themselves."""
@@ -542,7 +549,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.self_attn, self.mlp = DecoderAttention(c), SwiGLU(c.hidden_size, c.intermediate_size, c.hidden_size)
-        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
+        self.input_layernorm, self.post_attention_layernorm = (RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
 
     def forward(self, layer, x, cos, sin, mask, shifts, cache, last=None):
         """(B,T,d) → (B,T,d), or (B,last,d)."""
@@ -559,7 +566,7 @@ class TextModel(nn.Module):
         self.config = c
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
-        self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, x, attention_mask, position_ids, shifts, cache, pictures=None, last=None):
         """Embeddings x (B,T,d), attention_mask (B,S), position_ids (B,T) → normed hidden states (B,T,d), or (B,last,d): nobody

@@ -44,6 +44,7 @@ from eval import (
     fits_into_memory,
     generation_options,
     load_model,
+    made_with,
     make_folder,
     read_lines,
     read_predictions,
@@ -84,8 +85,8 @@ def say_unread(args, given):
     """A line for every option that was given and changes nothing."""
     layerwise = "layerwise" in (args.fit, args.init)
     for names, reads, who in (
-            ("epochs lr warmup weight_decay clip accumulate lambda_align lambda_ce test_every_epoch", args.fit == "training",
-             "--fit training"),
+            ("epochs lr warmup weight_decay clip accumulate lambda_align lambda_ce align_on align_norm ce_on ce_prompts kl_late "
+             "test_every_epoch", args.fit == "training", "--fit training"),
             ("fit_tokens memory_gb", layerwise, "--fit or --init layerwise"), ("z2 mu", args.method == "mimic", "--method mimic"),
             ("rank", args.method in ("lora", "hificl"), "--method lora or hificl"),
             ("targets scope", args.method == "lora", "--method lora")):
@@ -162,7 +163,8 @@ def parse(argv):
     run.add_argument("--compare", type=int, nargs="*", default=None, metavar="K",
                      help="evaluate in-context learning too, with these shots, 0 = zero-shot (toys: 0 1 2 4 8, else none)")
     args = parser.parse_args(argv)
-    say_unread(args, {name for name, value in vars(args).items() if value != parser.get_default(name)})
+    if os.environ.get("RANK", "0") == "0":              # of torchrun's processes one speaks
+        say_unread(args, {name for name, value in vars(args).items() if value != parser.get_default(name)})
     resolve(args)
     toy = args.dataset.startswith("toy")
     kind = "-layerwise" if args.fit == "layerwise" else "-polished" if args.init == "layerwise" else ""
@@ -534,13 +536,14 @@ def main(argv=None):
     samples, dev = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task)
     split = DATASETS[args.dataset].eval_split
     queries = load(args.dataset, args.data, split, args.task)[:args.limit]
+    fewer = len(samples) < args.samples
     samples, dev, queries = with_pictures(args, samples, dev, queries)
     if not dev and not all(q.answers for q in queries):
         raise InputError(f"{args.data}: expected annotations of {args.dataset} {split}, or dev samples to score instead, "
                          "found neither")
     args.epochs = args.epochs or next(n or classes_of(args.model)[0].epochs for most, n in EPOCHS if len(samples) <= most)
     print(f"{len(samples)} samples to train on, {len(dev)} for dev, {len(queries)} to evaluate"
-          + (f" (--samples {args.samples}: there are no more)" if len(samples) < args.samples else ""))
+          + (f" (--samples {args.samples}: there are no more)" if fewer else ""))
     demonstrations(args, samples, samples[:args.batch_size], 0)           # too few samples? say it before the long work
     pick_icds(samples, queries[0], max(args.compare, default=0), "")
     if is_finished(args):
@@ -548,6 +551,10 @@ def main(argv=None):
         rows = read_rows(Path(args.out) / "results.json")
         print(f"{args.out}: already finished\n\n" + table(rows))
         return rows
+    scored = (split, len(queries)) if all(q.answers for q in queries) else ("dev", len(dev))
+    for method, shots in [("icl" if k else "zero-shot", k) for k in args.compare] + [(args.method, 0)]:
+        made_with(args.out, vars(args), dataset=args.dataset, split=scored[0], method=method, shots=shots, n=scored[1],
+                  seed=args.seed)                              # another's results? likewise
     model, processor = load_model(args.model, device, args.dtype, partial(check_memory, args, len(samples)))
     if layerwise:                                              # too little memory? likewise
         chunks = layerwise_chunks(args, samples, processor)

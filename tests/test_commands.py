@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+import ablate
 import data
 import eval as evaluation
 import show
@@ -90,6 +91,32 @@ def test_too_many_shots_to_compare_with_are_refused_before_the_training(tmp_path
         with pytest.raises(InputError, match=message):
             train.main([*words, "--compare", "0", shots])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_vector_of_another_task_does_not_replace_the_one_whose_results_are_there(tmp_path):
+    words = ["--method", "task-vector", "--samples", "12", "--dev-samples", "2", "--limit", "2", "--shots", "1", "--out",
+             str(tmp_path)]
+    evaluation.main(words)
+    before = (tmp_path / "task-vector.safetensors").read_bytes()
+    with pytest.raises(InputError, match="expected no results of task-vector or those of the same arguments, found other task"):
+        evaluation.main([*words, "--task", "3"])
+    assert (tmp_path / "task-vector.safetensors").read_bytes() == before
+
+
+def test_a_table_does_not_take_up_results_of_other_options(tmp_path):
+    words = ["--samples", "12", "--dev-samples", "2", "--limit", "2"]
+    row = ablate.run("toy", ["eval", "--method", "zero-shot"], 0, 0, tmp_path, [*words, "--num-beams", "2"])
+    assert ablate.run("toy", ["eval", "--method", "zero-shot"], 0, 0, tmp_path, [*words, "--num-beams", "2"]) == row
+    with pytest.raises(InputError, match="expected no results or those with --num-beams 1, found 2"):
+        ablate.run("toy", ["eval", "--method", "zero-shot"], 0, 0, tmp_path, [*words, "--num-beams", "1"])
+
+
+def test_as_many_samples_as_there_are_is_said(tmp_path, shared, tiny_folder, capsys):
+    words = ["--dataset", "okvqa", "--model", str(tiny_folder), "--data", str(shared / "data"), "--epochs", "1", "--shots", "1",
+             "--dev-samples", "2", "--limit", "2", "--out"]
+    for samples, more in ("12", False), ("1000", True):
+        train.main([*words, str(tmp_path / samples), "--samples", samples])
+        assert (f"(--samples {samples}: there are no more)" in capsys.readouterr().out) == more
 
 
 def test_a_score_of_an_unfinished_run_says_so(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """explain.py: what it measures is what loops say, and its pictures are drawn from a run."""
 
+import json
 import math
 from pathlib import Path
 
@@ -126,6 +127,26 @@ def test_demonstrations_of_an_official_prompt_end_at_its_masked_separator(toy):
         begin = ids.index(processor.bos_id) + 1
         end = ids.index(processor.pad_id, begin)               # the separator before the query; it is masked as a key
         assert found == [begin <= i <= end for i in range(len(ids))] and end < ids.index(processor.pad_id, end + 1)
+
+
+def test_an_official_prompt_is_looked_at_with_its_own_positions(toy):
+    model, _, batch, features = toy
+    processor, samples = Processor.from_pretrained(REPOSITORY / "checkpoints/tiny"), batch.teacher.samples
+    rows = collate(samples[:2], [samples[2:3], samples[3:5]], processor, OFFICIAL_TEMPLATES["toy"]).teacher
+    images = torch.stack([features[s.image_id] for s in rows.samples])
+    expected = [model.hidden_states(rows.input_ids, rows.attention_mask, images, position_ids=positions)
+                for positions in (rows.position_ids, None)]
+    found = model.text_model.norm(explain.inside(model, rows, features).states[-1])[rows.attention_mask]
+    same(found, expected[0][rows.attention_mask], atol=1e-9)
+    assert not torch.allclose(found, expected[1][rows.attention_mask], atol=1e-3)
+
+
+def test_a_run_of_another_machine_is_opened_on_this_one(tmp_path):
+    train.main(["--samples", "12", "--epochs", "1", "--limit", "2", "--shots", "1", "--compare", "--out", str(tmp_path)])
+    about = json.loads((tmp_path / "args.json").read_text())
+    (tmp_path / "args.json").write_text(json.dumps({**about, "device": "cuda:7"}))
+    explain.main(["--run", str(tmp_path), "--only", "distance", "cost", "--queries", "2", "--out", str(tmp_path / "figures")])
+    assert [p.name for p in (tmp_path / "figures").iterdir()] == ["distance.png"]       # one row of results makes no curve
 
 
 @pytest.mark.parametrize("method", ["stave", "prompt-tuning"])

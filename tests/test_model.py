@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from idefics1 import Idefics1, latest_picture
-from model import Idefics2, InputError, Linear, Shifts, attention, rope, rotate
+from model import Idefics2, InputError, Linear, RMSNorm, Shifts, attention, rope, rotate
 
 IMAGE = 57                       # the image token of the random models below, whose vocabulary has 60 words
 TOLERANCE = dict(rtol=0, atol=1e-4)     # fp32 sums in another order, states and logits of up to 14
@@ -321,6 +321,18 @@ def test_patch_positions_follow_the_published_rounding_on_the_70_by_70_grid(tmp_
     assert torch.equal(ids[0], ids[1])
     exact = torch.arange(49) * 70 // 49 * 70
     assert not torch.equal(ids[1][0].view(58, 58)[:49, 0], exact)         # so the trap is really there
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norm_equals_transformers_bit_for_bit(dtype):
+    mistral = pytest.importorskip("transformers.models.mistral.modeling_mistral")
+    torch.manual_seed(0)
+    x, weight = 3 * torch.randn(2, 5, 128).to(dtype), torch.rand(128)
+    norms = RMSNorm(128, 1e-5), mistral.MistralRMSNorm(128, 1e-5)
+    with torch.no_grad():
+        for norm in norms:
+            norm.to(dtype).weight.copy_(weight)
+        assert torch.equal(*(norm(x) for norm in norms))
 
 
 def test_rotary_embedding_equals_transformers_bit_for_bit_at_the_published_size():

@@ -179,6 +179,9 @@ def test_eval_takes_the_answers_that_are_there_and_without_resume_none(tmp_path,
     for option, value, name in ("--num-beams", "2", "num_beams"), ("--task", "3", "task"):       # what would be another result
         with pytest.raises(InputError, match=f"expected no results of zero-shot or those of the same arguments.*other {name};"):
             evaluation.main([*words, option, value])
+    with pytest.raises(InputError, match="expected no results of zero-shot.*other num_beams"):        # before the training
+        train.main([*SMALL, "--shots", "1", "--compare", "0", "--num-beams", "2", "--out", str(tmp_path)])
+    assert not (tmp_path / "args.json").exists()
     assert len(batches) == 15 and evaluation.read_rows(tmp_path / "results.json")[0]["num_beams"] == 1
 
 
