@@ -27,8 +27,9 @@ from tqdm import tqdm
 import eval as evaluation
 import train
 from data import DATASETS
-from eval import METRICS, run_command, write_atomically
+from eval import METRICS, run_command
 from model import InputError
+from results import read_rows, write_atomically
 
 LAYERWISE = ["--fit", "layerwise"]
 GROUPS = {                                          # group → row → options of train.py, or behind "eval" those of eval.py
@@ -130,7 +131,7 @@ def run(dataset, options, task, seed, out, common=()):
                 evaluation.main([*common, *options[1:]])
             else:
                 train.main([*common, *options, "--compare"])
-    row, words = evaluation.read_rows(out / "results.json")[-1], [*common, *options]
+    row, words = read_rows(out / "results.json")[-1], [*common, *options]
     given = dict(zip(words, words[1:], strict=False))
     for name in {"num_beams", "length_penalty", "samples", "dtype"} & row.keys():
         option, found = f"--{name.replace('_', '-')}", row[name]

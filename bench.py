@@ -53,13 +53,14 @@ from tqdm import tqdm
 
 from baselines.live import LIVE
 from data import Batch, Rows
-from eval import classes_of, clock, run_command, write_atomically
+from eval import classes_of, clock, run_command
 from features import PIXELS_AT_ONCE, gather
 from fit import advance, fit, fit_layer, is_demonstration, plan, student, teacher
 from memory import keep_freed
 from metrics import cider
 from mimic import MimIC
 from model import Config, Idefics2, InputError, KVCache, PerceiverConfig, TextConfig, VisionConfig, read_json
+from results import write_atomically
 from train import losses, parse
 
 SIZES = {                              # shape, text tokens of an example (the last 3 are the answer), class

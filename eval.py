@@ -37,7 +37,7 @@ from baselines.live import LIVE
 from baselines.lora import LoRA
 from baselines.prompt_tuning import PromptTuning
 from baselines.stave import STAVE
-from data import DATASETS, Processor, load, pick_icds, prompts, readable, train_dev
+from data import DATASETS, Processor, load, pick_icds, prompts, readable, stemmer, train_dev
 from features import encode_images, gather, sees_alike
 from idefics1 import Idefics1, Idefics1Processor
 from metrics import cider, vqa_accuracy  # noqa: F401 (from eval import cider, vqa_accuracy)
@@ -45,7 +45,18 @@ from mimic import MimIC
 from model import Idefics2, InputError, Shifts, read_json, written_whole
 from parallel import gather as together
 from parallel import join, leave, rank, share, wait, world
-from results import further_scores, official_name, official_records, score, score_file, stemmer, write_atomically
+from results import (
+    add_results,
+    further_scores,
+    made_with,
+    make_folder,
+    official_name,
+    official_records,
+    read_rows,
+    score,
+    score_file,
+    write_atomically,
+)
 from resume import command_to_go_on
 
 ADAPTERS = {"mimic": MimIC, "live": LIVE, "lora": LoRA, "hificl": HiFICL, "stave": STAVE,
@@ -167,48 +178,12 @@ def clock(device):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
-def read_lines(path):
-    """The lines of a file, none if it is not there. (splitlines would cut at characters that JSON leaves as they are.)"""
-    try:
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: expected text, found bytes that are none ({e})") from None
-
-
-def make_folder(path):
-    """The folder, and those above it. Raises InputError if it cannot be."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"{path}: expected a folder that can be written, found: {e.strerror}") from None
-
-
 def run_arguments(folder):
     """What args.json of a run of train.py says. Raises InputError if it is something else."""
     saved = read_json(Path(folder) / "args.json")
     if not isinstance(saved, dict) or saved.get("method") not in list(ADAPTERS):        # a list: it may be unhashable
         raise InputError(f"{folder}/args.json: expected the arguments of a run of train.py, found something else")
     return saved
-
-
-def read_rows(path):
-    """The rows of a results.json, none if it is not there. Raises InputError if it is something else."""
-    rows = read_json(path) if path.exists() else []
-    if not isinstance(rows, list) or not all(isinstance(r, dict) and all(k in r for k in SAME) for r in rows):
-        raise InputError(f"{path}: expected a list of rows with {', '.join(SAME)}, found something else")
-    return rows
-
-
-def read_predictions(path):
-    """The objects of a predictions.jsonl. Raises InputError, with the line, if one is none."""
-    found = []
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            found.append(json.loads(line))
-            found[-1]["dataset"]
-        except (ValueError, TypeError, KeyError):
-            raise InputError(f"{path}: expected a prediction in line {number}, found {line[:60]!r}") from None
-    return found
 
 
 def kept_answers(folder, row, settings, resume):
@@ -246,40 +221,6 @@ def kept_answers(folder, row, settings, resume):
             raise InputError(f"{mine}: expected room for the answers, found: {e.strerror}") from None
 
     return done, keep
-
-
-SAME = ("dataset", "split", "method", "shots", "n", "seed")            # a new row takes the place of one that agrees in these
-ALSO = ("model", "task", "samples", "dtype", "official", "num_beams", "length_penalty")          # and must agree in these, too
-
-
-def add_results(folder, row, samples, answers, each):
-    """Adds a row to results.json and its predictions to predictions.jsonl, in the place of older ones of the same kind."""
-    folder = Path(folder)
-    make_folder(folder)
-    results, predictions = folder / "results.json", folder / "predictions.jsonl"
-
-    def other(r):
-        return any(r.get(k) != row[k] for k in SAME)
-
-    rows = [r for r in read_rows(results) if other(r)]
-    lines = [json.dumps(x, ensure_ascii=False) for x in read_predictions(predictions) if other(x)]
-    kind = {k: row[k] for k in SAME}
-    lines += [json.dumps({**kind, "id": s.id, "image_id": s.image_id, "question": s.question, "prediction": a,
-                          "answers": s.answers, "score": x}, ensure_ascii=False)
-              for s, a, x in zip(samples, answers, each, strict=True)]
-    write_atomically(predictions, "\n".join(lines) + "\n")
-    write_atomically(results, json.dumps([*rows, row], indent=1) + "\n")                # last: a row says that it is done
-
-
-def made_with(folder, settings, **row):
-    """The ALSO of a new row. Raises InputError if results.json has a row that agrees with it in SAME and not in these."""
-    also = {k: settings[k] for k in ALSO} | {"model": Path(settings["model"]).resolve().name}
-    for old in read_rows(Path(folder) / "results.json"):
-        if all(old[k] == row[k] for k in SAME) and (differ := [k for k in ALSO if old.get(k, also[k]) != also[k]]):
-            name = row["method"] + (f" {row['shots']}-shot" if row["shots"] else "")
-            raise InputError(f"{folder}: expected no results of {name} or those of the same arguments, found other "
-                             f"{', '.join(differ)}; choose another --out")
-    return also
 
 
 def evaluate(folder, model, processor, dataset, split, samples, method, shots=0, shifts=None, seed=0, parameters=0,

@@ -28,21 +28,12 @@ from tqdm import tqdm
 
 import train
 from data import DATASETS, collate, load, pick_icds, train_dev
-from eval import (
-    ADAPTERS,
-    check_fits,
-    load_model,
-    read_predictions,
-    read_rows,
-    resolve,
-    run_arguments,
-    run_command,
-    template_of,
-)
+from eval import ADAPTERS, check_fits, load_model, resolve, run_arguments, run_command, template_of
 from features import encode_images, gather, sees_alike
 from fit import f_of, is_demonstration, start_f
 from mimic import MimIC
 from model import InputError, Shifts, attention, causal_mask, split_heads
+from results import read_predictions, read_rows
 
 RUNS = {"runs/toy": [], "runs/toy-live": ["--method", "live", "--compare"],
         "runs/toy-layerwise-1000": ["--fit", "layerwise", "--compare"]}

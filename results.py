@@ -1,4 +1,4 @@
-"""Scores of a split, and official result files: those that eval.py writes, and any other system's.
+"""Scores of a split, a run's files of rows and predictions, and official result files: eval.py's, and any other system's.
 
     VQA     [{"question_id": int, "answer": str}]        COCO     [{"image_id": int, "caption": str}]
 
@@ -127,8 +127,12 @@ def chair_scores(root, samples, captions, synonyms):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Official result files
+# A run's results.json and predictions.jsonl
 # ---------------------------------------------------------------------------------------------------------------------
+SAME = ("dataset", "split", "method", "shots", "n", "seed")            # a new row takes the place of one that agrees in these
+ALSO = ("model", "task", "samples", "dtype", "official", "num_beams", "length_penalty")          # and must agree in these, too
+
+
 def write_atomically(path, text):
     """The whole file or none: `model.written_whole`. Of many processes the first one writes."""
     if rank() == 0:
@@ -136,6 +140,75 @@ def write_atomically(path, text):
             temporary.write_text(text, encoding="utf-8")
 
 
+def read_lines(path):
+    """The lines of a file, none if it is not there. (splitlines would cut at characters that JSON leaves as they are.)"""
+    try:
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: expected text, found bytes that are none ({e})") from None
+
+
+def make_folder(path):
+    """The folder, and those above it. Raises InputError if it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{path}: expected a folder that can be written, found: {e.strerror}") from None
+
+
+def read_rows(path):
+    """The rows of a results.json, none if it is not there. Raises InputError if it is something else."""
+    rows = read_json(path) if path.exists() else []
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and all(k in r for k in SAME) for r in rows):
+        raise InputError(f"{path}: expected a list of rows with {', '.join(SAME)}, found something else")
+    return rows
+
+
+def read_predictions(path):
+    """The objects of a predictions.jsonl. Raises InputError, with the line, if one is none."""
+    found = []
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            found.append(json.loads(line))
+            found[-1]["dataset"]
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f"{path}: expected a prediction in line {number}, found {line[:60]!r}") from None
+    return found
+
+
+def add_results(folder, row, samples, answers, each):
+    """Adds a row to results.json and its predictions to predictions.jsonl, in the place of older ones of the same kind."""
+    folder = Path(folder)
+    make_folder(folder)
+    results, predictions = folder / "results.json", folder / "predictions.jsonl"
+
+    def other(r):
+        return any(r.get(k) != row[k] for k in SAME)
+
+    rows = [r for r in read_rows(results) if other(r)]
+    lines = [json.dumps(x, ensure_ascii=False) for x in read_predictions(predictions) if other(x)]
+    kind = {k: row[k] for k in SAME}
+    lines += [json.dumps({**kind, "id": s.id, "image_id": s.image_id, "question": s.question, "prediction": a,
+                          "answers": s.answers, "score": x}, ensure_ascii=False)
+              for s, a, x in zip(samples, answers, each, strict=True)]
+    write_atomically(predictions, "\n".join(lines) + "\n")
+    write_atomically(results, json.dumps([*rows, row], indent=1) + "\n")                # last: a row says that it is done
+
+
+def made_with(folder, settings, **row):
+    """The ALSO of a new row. Raises InputError if results.json has a row that agrees with it in SAME and not in these."""
+    also = {k: settings[k] for k in ALSO} | {"model": Path(settings["model"]).resolve().name}
+    for old in read_rows(Path(folder) / "results.json"):
+        if all(old[k] == row[k] for k in SAME) and (differ := [k for k in ALSO if old.get(k, also[k]) != also[k]]):
+            name = row["method"] + (f" {row['shots']}-shot" if row["shots"] else "")
+            raise InputError(f"{folder}: expected no results of {name} or those of the same arguments, found other "
+                             f"{', '.join(differ)}; choose another --out")
+    return also
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Official result files
+# ---------------------------------------------------------------------------------------------------------------------
 def official_names(dataset):
     """The two keys of a record."""
     return ("image_id", "caption") if dataset == "coco" else ("question_id", "answer")
@@ -200,7 +273,6 @@ def score_file(args):
         elif value is not None and name not in ("shots", "method"):
             print(f"{name:<20}{value}")
     if args.out:
-        from eval import add_results
         add_results(args.out, row, covered, answers, each)
         print(f"{args.out}/results.json written")
     return row

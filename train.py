@@ -44,24 +44,18 @@ from eval import (
     fits_into_memory,
     generation_options,
     load_model,
-    made_with,
-    make_folder,
-    read_lines,
-    read_predictions,
-    read_rows,
     resolve,
     run_command,
-    score,
     table,
     template_of,
     with_pictures,
-    write_atomically,
 )
 from features import Features, encode_images, gather, sees_alike
 from fit import fit, gigabytes, is_demonstration, plan, seconds_of
 from mimic import Recorder, align_loss
 from model import InputError, KVCache, not_finite, read_json
 from parallel import add, join, rank, share, wait, world
+from results import made_with, make_folder, read_lines, read_predictions, read_rows, score, write_atomically
 from resume import held_back, load_state, save_state
 
 COMPARE = [0, 1, 2, 4, 8]         # shots of in-context learning that a toy run shows beside MimIC

@@ -21,9 +21,10 @@ import eval as evaluation
 import train
 from baselines.rices import image_vectors
 from data import Processor, load, open_image, readable
-from eval import ADAPTERS, load_model, read_predictions, read_rows, run_command
+from eval import ADAPTERS, load_model, run_command
 from mimic import save_atomically
 from model import Idefics2, InputError
+from results import read_predictions, read_rows
 from resume import load_state, read_state, save_state
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -13,6 +13,7 @@ from safetensors import safe_open
 import ablate
 import data
 import eval as evaluation
+import results
 import show
 import train
 from model import InputError
@@ -261,8 +262,8 @@ def test_odd_line_separators_in_a_prediction_do_not_break_the_files(tmp_path):
     from data import Sample
     row = {"dataset": "okvqa", "split": "val", "method": "icl", "shots": 1, "n": 1, "seed": 0}
     for shots in (1, 2):
-        evaluation.add_results(tmp_path, {**row, "shots": shots}, [Sample(1, None, "a\u2028b\x85?", ["x"])], ["\u2029"], [0.0])
-    assert len(evaluation.read_lines(tmp_path / "predictions.jsonl")) == 2
+        results.add_results(tmp_path, {**row, "shots": shots}, [Sample(1, None, "a\u2028b\x85?", ["x"])], ["\u2029"], [0.0])
+    assert len(results.read_lines(tmp_path / "predictions.jsonl")) == 2
 
 
 def test_live_trains_through_the_same_command(tiny_folder, shared, tmp_path):

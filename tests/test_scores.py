@@ -129,7 +129,7 @@ def test_a_file_that_answers_a_part_is_scored_on_that_part_and_says_so(shared, t
     row = evaluation.main(["--score", str(path), "--dataset", "okvqa", "--data", str(shared / "data"), "--out", str(tmp_path)])
     assert row["n"] == 5 and row["unstemmed_score"] > 30
     assert f"answers 5 of the {len(samples)} items of okvqa val" in capsys.readouterr().out
-    assert evaluation.table(evaluation.read_rows(tmp_path / "results.json")).split()[-3:] == ["–", "–", "–"]
+    assert evaluation.table(results.read_rows(tmp_path / "results.json")).split()[-3:] == ["–", "–", "–"]
 
 
 @pytest.mark.parametrize("content, message", [
