@@ -76,7 +76,7 @@ SAVE_SECONDS = 60                 # between two states of a run to go on from, a
 
 
 def say_unread(args, given):
-    """A line for every option that was given and changes nothing."""
+    """A line for every option that was given and that only another method, or way to fit, reads."""
     layerwise = "layerwise" in (args.fit, args.init)
     for names, reads, who in (
             ("epochs lr warmup weight_decay clip accumulate lambda_align lambda_ce align_on align_norm ce_on ce_prompts kl_late "
@@ -532,7 +532,8 @@ def main(argv=None):
     queries = load(args.dataset, args.data, split, args.task)[:args.limit]
     fewer = len(samples) < args.samples
     samples, dev, queries = with_pictures(args, samples, dev, queries)
-    if not dev and not all(q.answers for q in queries):
+    annotated = all(q.answers for q in queries)
+    if not dev and not annotated:
         raise InputError(f"{args.data}: expected annotations of {args.dataset} {split}, or dev samples to score instead, "
                          "found neither")
     args.epochs = args.epochs or next(n or classes_of(args.model)[0].epochs for most, n in EPOCHS if len(samples) <= most)
@@ -545,7 +546,7 @@ def main(argv=None):
         rows = read_rows(Path(args.out) / "results.json")
         print(f"{args.out}: already finished\n\n" + table(rows))
         return rows
-    scored = (split, len(queries)) if all(q.answers for q in queries) else ("dev", len(dev))
+    scored = (split, len(queries)) if annotated else ("dev", len(dev))
     for method, shots in [("icl" if k else "zero-shot", k) for k in args.compare] + [(args.method, 0)]:
         made_with(args.out, vars(args), dataset=args.dataset, split=scored[0], method=method, shots=shots, n=scored[1],
                   seed=args.seed)                              # another's results? likewise
@@ -576,11 +577,11 @@ def main(argv=None):
     if args.fit == "layerwise":
         adapter.save(folder / f"{args.method}.safetensors", **about(args), epoch=0)
     else:
-        test = queries if args.test_every_epoch and all(q.answers for q in queries) else ()
+        test = queries if args.test_every_epoch and annotated else ()
         adapter, seconds, test_best = train(args, model, processor, adapter, samples, dev, test, features, folder, seconds)
     seconds = round(seconds, 1)
 
-    if not all(q.answers for q in queries):
+    if not annotated:
         print(f"{args.dataset} {split} has no annotations in {args.data}: evaluating on the {len(dev)} dev samples instead")
         split, queries = "dev", dev
     options, rows = generation_options(args, processor) | {"features": features, "seed": args.seed, "root": args.data,
