@@ -22,6 +22,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
+if torch.__version__ < "2.9":         # the CPU's kernel that gives lse reads foreign memory there if heads share their keys
+    raise ImportError(f"expected torch 2.9 or later, found {torch.__version__}")
+
 
 class InputError(ValueError):
     """A mistake in what the user gave us: one line with the file, what was expected and what was found."""

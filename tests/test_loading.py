@@ -332,3 +332,12 @@ def test_loading_maps_the_file_and_makes_no_second_copy(tmp_path, dtype, copies)
     assert touched < (copies + 0.2) * size
     if dtype == "float32":
         assert loaded < 0.2 * size
+
+
+def test_a_torch_whose_kernel_reads_foreign_memory_is_refused():
+    """Before 2.9 the kernel behind `fused_attention` takes every query head to have keys of its own."""
+    pretend = "import torch; torch.__version__ = torch.torch_version.TorchVersion('{}'); import model"
+    for version, refused in ("2.8.0+cpu", True), ("2.9.0", False), ("2.10.1+cu126", False):
+        found = subprocess.run([sys.executable, "-c", pretend.format(version)], capture_output=True, text=True,
+                               cwd=Path(__file__).resolve().parents[1])
+        assert (f"expected torch 2.9 or later, found {version}" in found.stderr) == refused == (found.returncode != 0)
