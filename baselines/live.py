@@ -1,22 +1,25 @@
-"""LIVE: one learnable vector a layer, added behind the FFN at every token, whatever the query (Peng et al., NeurIPS 2024).
+"""LIVE: a learnt vector a layer, added behind the FFN at every token, whatever the query (Peng et al. 2024).
 
-    h ← (h + α·v) · ‖h‖ / ‖h + α·v‖        h: the FFN's output of a layer, v (d) and α (scalar) learnt for that layer
+    h ← (h + α·v) · ‖h‖ / ‖h + α·v‖        h: a layer's FFN output, v (d) and α (scalar) learnt for that layer
+    L_align = KL(p_teacher ‖ p_student)    mean over the answer's tokens; the teacher reads demonstrations too
 
-Trained to give the answer's tokens the probabilities that the model with demonstrations gives them (KL) plus the LM loss.
-The official code's KL begins one distribution late, so that it never sees the answer's first token (train.py --kl-late).
-Source: LIVE's code as MimIC's authors run it, on the FFN's output of both Idefics models; that code's settings: v ~ N(0, 0.01²),
-α = 0.1, the scale's learning rate twice the vector's.
+Source: LIVE's code as MimIC's authors run it, on the FFN's output of both Idefics models; settings as there:
+v ~ N(0, 0.01²), α = 0.1, the scale's learning rate twice the vector's.
 """
+
+from argparse import BooleanOptionalAction
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from mimic import read_adapter, save_atomically
-from model import InputError, Shifts
+from mimic import Adapter, lm_loss
 
 
-class LIVE(nn.Module, Shifts):
+class LIVE(Adapter):
     """`model(…, shifts=live)`. fp32 parameters: vector (L,d), alpha (L)."""
+    defaults = {"lr": 5e-3, "lambda_align": 1.0, "lambda_ce": 0.5}
+    official = {"kl_late": True}
 
     def __init__(self, n_layers, hidden_size):
         super().__init__()
@@ -25,31 +28,41 @@ class LIVE(nn.Module, Shifts):
 
     @classmethod
     def for_model(cls, model):
-        return cls(model.config.text.num_hidden_layers, model.config.text.hidden_size).to(model.device)
+        c = model.config.text
+        return cls(c.num_hidden_layers, c.hidden_size).to(model.device)
 
-    def like(self, model):
-        return self.for_model(model)
+    @staticmethod
+    def sizes(tensors):
+        return *tensors["alpha"].shape, tensors["vector"].shape[-1]
+
+    @staticmethod
+    def add_arguments(group):
+        group.add_argument("--kl-late", action=BooleanOptionalAction, default=False,
+                           help="the KL misses the distribution of the answer's first token (official code)")
+
+    def groups(self, lr):
+        return [{"params": [self.vector], "lr": lr}, {"params": [self.alpha], "lr": 2 * lr}]
 
     def after_ffn(self, layer, ffn_out):
         """The norm of h stays, its direction moves.  (B,T,d) → (B,T,d)."""
         h = ffn_out.to(self.vector.dtype)
         moved = h + self.alpha[layer] * self.vector[layer]
-        return (moved * (h.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp(min=1e-12))).to(ffn_out.dtype)
+        scale = h.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        return (moved * scale).to(ffn_out.dtype)
 
-    def groups(self, lr):
-        """Parameter groups of the optimiser."""
-        return [{"params": [self.vector], "lr": lr}, {"params": [self.alpha], "lr": 2 * lr}]
+    @staticmethod
+    def losses(model, adapter, batch, features, lambda_align=1.0, ce_on="answer", kl_late=False):
+        """The KL of the answer's tokens, and the LM loss; scalars in fp32."""
+        student = batch.student.inputs(model, features)
+        states = model.hidden_states(**student, shifts=adapter)
+        ce = lm_loss(model, states, student["input_ids"], getattr(batch, ce_on).to(model.device))
+        if not lambda_align:
+            return torch.zeros_like(ce), ce
 
-    def save(self, path, **about):
-        save_atomically(self.state_dict(), path, {k: str(v) for k, v in about.items()})
-
-    @classmethod
-    def load(cls, path):
-        tensors, _ = read_adapter(path, "LIVE")
-        shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-        L, d = (shapes.get("vector", ()) + (0, 0))[:2]
-        if shapes != {"vector": (L, d), "alpha": (L,)}:
-            raise InputError(f"{path}: expected a LIVE adapter with vector (L,d) and alpha (L), found {shapes}")
-        live = cls(L, d)
-        live.load_state_dict(tensors)
-        return live
+        T_q = batch.T_q
+        answer = batch.answer[:, -T_q:].to(model.device)
+        read = answer if kl_late else F.pad(answer[:, 1:], (0, 1))         # column t is predicted from t − 1
+        with torch.no_grad():
+            teacher = model.hidden_states(**batch.teacher.inputs(model, features))
+        log_p, log_q = (model.lm_head(x[:, -T_q:][read]).float().log_softmax(-1) for x in (teacher, states))
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean(), ce

@@ -1,84 +1,65 @@
-"""RICES: in-context learning with the demonstrations whose pictures look most like the query's (Yang et al. 2022, Flamingo).
+"""RICES: in-context learning with demonstrations whose pictures are most like the query's (Yang et al. 2022).
 
-    z(image) = mean over valid patches of the vision tower's last states, divided by its L2 norm       (before the connector)
+    z(image) = mean over valid patches of the vision tower's last states, divided by its L2 norm
     demonstrations = the k training samples with the largest z(image) · z(query's image)
 
-order "last" puts the most similar one right before the query, "first" at the beginning. Equally similar samples, such as two
-questions about one picture, rank as they stand in the pool. The query itself is never shown. Another question about its own
-picture may be, as the most similar of all: it says nothing of the query's answer that the picture does not. No picture of the
-evaluation splits is in the training split, so that concerns `--split train` alone. Finding the neighbours is not part of
-ms_per_query, as encoding the images is not.
+The most similar one stands right before the query; with rices-first, at the beginning. Equally similar
+samples, as two questions about one picture, rank as they stand in the pool. The query itself is never shown;
+another question about its own picture may be, which concerns `--split train` alone. ms_per_query does not
+include the search.
 """
 
-import hashlib
-from pathlib import Path
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
-from mimic import read_whole, save_atomically
-from model import InputError
-
-IMAGES_AT_ONCE = 4096         # distinct images encoded between two writings of the cache
+from data import encode_images
+from support.files import InputError
 
 
 @torch.no_grad()
 def image_vector(model, pixel_values, pixel_mask):
-    """z of images: pixel_values (N,3,H,W), pixel_mask (N,H,W) bool → (N,d_vision) fp32 of length 1. Padding changes nothing."""
+    """z of images: pixel_values (N,3,H,W), pixel_mask (N,H,W) bool → (N,d_vision) fp32, of length 1."""
     states, valid = model.patches(pixel_values, pixel_mask)
-    states, valid = states.float(), valid.unsqueeze(-1)                                        # (N,P,d_vision), (N,P,1)
-    mean = states.masked_fill(~valid, 0).sum(1) / valid.sum(1).clamp(min=1)
-    return torch.nn.functional.normalize(mean, dim=-1)
+    valid = valid.unsqueeze(-1)                                  # (N,P,1): padding changes nothing
+    mean = states.float().masked_fill(~valid, 0).sum(1) / valid.sum(1).clamp(min=1)
+    return F.normalize(mean, dim=-1).cpu()
 
 
-def image_vectors(model, samples, encode, path):
-    """z of every distinct image → image id → (d_vision,) fp32 on the CPU; what the file `path` holds is not computed again.
+def nearest(pool, queries, shots, vectors):
+    """For every query the `shots` samples of the pool with the nearest pictures, the most similar first.
 
-    encode(samples, vectors) adds to a dict what `image_vector` gives (eval.encode_images does). The file is written every
-    IMAGES_AT_ONCE images, and started afresh for another vision tower."""
-    tower, vectors = fingerprint(model), {}
-    if Path(path).exists():
-        tensors, about = read_whole(path, "image vectors of RICES", (torch.float32, torch.int64))
-        shapes = {name: (x.dtype, len(x), x.ndim) for name, x in tensors.items() if x.ndim}
-        n = len(tensors.get("image_ids", ()))
-        if shapes != {"image_ids": (torch.int64, n, 1), "vectors": (torch.float32, n, 2)}:
-            raise InputError(f"{path}: expected image_ids (N) and vectors (N,d), found {', '.join(tensors)}; delete it")
-        if about.get("tower") == tower:
-            vectors = dict(zip(tensors["image_ids"].tolist(), tensors["vectors"], strict=True))
-    missing = list({s.image_id: s for s in samples if s.image_id not in vectors}.values())
-    for start in range(0, len(missing), IMAGES_AT_ONCE):
-        found = {}
-        encode(missing[start:start + IMAGES_AT_ONCE], found)
-        vectors |= {image_id: z.cpu() for image_id, z in found.items()}
-        save_atomically({"image_ids": torch.tensor(list(vectors)), "vectors": torch.stack(list(vectors.values()))}, path,
-                        {"tower": tower})
-    return vectors
+    vectors: image id → z (d_vision)."""
+    ids = list(dict.fromkeys(s.image_id for s in pool))      # a picture is compared once, so that all of its
+    images = torch.stack([vectors[i] for i in ids])          # questions are equally similar, to the last bit
+    place = {image_id: i for i, image_id in enumerate(ids)}
+    places = [place[s.image_id] for s in pool]
 
+    def ranked(query):
+        similarity = (images @ vectors[query.image_id])[places]                          # one a sample
+        best = similarity.sort(descending=True, stable=True).indices[:shots + 1].tolist()
+        found = [pool[i] for i in best if pool[i].id != query.id][:shots]
+        if len(found) < shots:
+            raise InputError(f"expected {shots} training samples beside the query, found {len(found)}")
+        return found
 
-def fingerprint(model):
-    """Tells vision towers apart: a hash of some of the weights."""
-    tower = model.eyes[0]
-    some = tower.embeddings.patch_embedding.weight, tower.post_layernorm.weight
-    weights = torch.cat([w.detach().flatten().float().cpu() for w in some])
-    return hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:16] + f" {model.dtype}"
+    return [ranked(query) for query in queries]
 
 
 class Nearest:
-    """Chooses demonstrations as data.pick_icds does, but the most similar ones: `answer(…, pool=pool, pick=Nearest(…))`."""
+    """eval.py --method rices."""
+    shots, least = None, 1        # demonstrations by default (None = the model's), and at least
+    order = -1                    # the most similar one last
 
-    def __init__(self, pool, vectors, order="last"):
-        if order not in ("last", "first"):
-            raise ValueError(f"expected order last or first, found {order!r}")
-        self.vectors, self.order = vectors, order
-        ids = list(dict.fromkeys(s.image_id for s in pool))            # a picture of many questions is compared once, so that
-        self.images = torch.stack([vectors[i] for i in ids])           # (N,d) they are equally similar to the last bit
-        row = {image_id: i for i, image_id in enumerate(ids)}
-        self.row_of = torch.tensor([row[s.image_id] for s in pool])
+    @classmethod
+    def prepare(cls, model, processor, template, pool, queries, shots, seed, batch_size, dev_score):
+        """→ the demonstrations of every query, and no shifts."""
+        vectors = encode_images(model, processor, [*pool, *queries], {}, "encode images for RICES",
+                                partial(image_vector, model))
+        return [found[::cls.order] for found in nearest(pool, queries, shots, vectors)], None
 
-    def __call__(self, pool, query, shots, seed=None):
-        """The `shots` samples of the pool (the one given above) nearest to the query's image, in the order of the prompt."""
-        similarity = (self.images @ self.vectors[query.image_id])[self.row_of]                 # one a sample
-        ranked = similarity.sort(descending=True, stable=True).indices[:shots + 1].tolist()
-        nearest = [pool[i] for i in ranked if pool[i].id != query.id][:shots]
-        if len(nearest) < shots:
-            raise InputError(f"expected at least {shots} training samples beside the query, found {len(nearest)}")
-        return nearest[::-1] if self.order == "last" else nearest
+
+class NearestFirst(Nearest):
+    """eval.py --method rices-first."""
+    order = 1

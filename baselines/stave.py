@@ -1,11 +1,11 @@
 """STAVE: two learnt vectors, added to the prompt's token embeddings (2610.07572).
 
-    x_t ← x_t + w_readout / √n_readout      t: the last token of the prompt and the answer's cue (the template's "Answer:")
-    x_t ← x_t + w_context / √n_context      t: the other tokens of instruction and query, the picture's among them
-    x_t ← x_t                               t: <s>, padding, demonstrations, the answer, whatever is generated
+    x_t ← x_t + w_readout / √n_readout    t: the prompt's last token, and the answer's cue ("Answer:")
+    x_t ← x_t + w_context / √n_context    t: other tokens of instruction and query, the picture's among them
+    x_t ← x_t                             t: <s>, padding, demonstrations, the answer, whatever is generated
+    L = (CE(answer | query) + CE(answer | demonstrations, query)) / 2
 
-n: how many tokens of that prompt a row covers. W = [w_readout; w_context] (2,d) = 0 at start: bitwise the base model. Trained by
-the LM loss of the answer behind the prompt with demonstrations and behind the same without, 1:1 (train.py --ce-prompts both).
+n: how many tokens of its prompt a row covers. W = [w_readout; w_context] (2,d) = 0 at start: the base model.
 """
 
 import re
@@ -13,67 +13,78 @@ import re
 import torch
 import torch.nn as nn
 
-from mimic import read_adapter, save_atomically
-from model import InputError, Shifts
+from data import ANSWER, INSTRUCTION, QUERY
+from mimic import Adapter, lm_loss
+from model import Shifts
 
 
 def cue_length(processor, template):
-    """Tokens of the answer's cue: of what a template has behind question and picture (0 if it has nothing there)."""
+    """Tokens of the answer's cue: what the template has behind question and picture, maybe nothing."""
     text = processor.expand(template.query.format(question="?"))
-    place = len(text) - len(re.split(r"\{question\}|<image>", template.query)[-1].strip())
+    cue = re.split(r"\{question\}|<image>", template.query)[-1].strip()
     starts = processor.encode_with_offsets(text)[1]
-    return sum(start > place for start in starts) + 1 if place < len(text) else 0     # its first may begin at a space before
+    place = len(text) - len(cue)
+    return sum(start > place for start in starts) + 1 if cue else 0      # its first may begin with a space
 
 
-class STAVE(nn.Module, Shifts):
-    """`model(…, shifts=stave)`. fp32 parameters: W (2,d), the readout row and the context row.
+class STAVE(Adapter):
+    """`model(…, shifts=stave)` on prompts to generate from: all but <s> is covered; on others see `Parted`.
 
-    .prompt: (B,T) bool, True = token of instruction or query, for the next pass only; None (default): all tokens of a pass are,
-    as in a prompt to generate from. Whoever runs a prompt with an answer or with demonstrations has to set it."""
+    fp32 parameters: W (2,d), the readout row and the context row."""
+    defaults = {"lr": 3e-3, "lambda_ce": 1.0, "shots": 1}                    # its authors: 8 shots on COCO
+    toy_lr = 3e-1
+    kept = {"n_cue": int, "pad_id": int}
 
-    def __init__(self, hidden_size, n_cue=0, pad_id=0):
+    def __init__(self, hidden_size, n_cue, pad_id):
         super().__init__()
-        self.n_cue, self.pad_id, self.prompt = n_cue, pad_id, None
         self.W = nn.Parameter(torch.zeros(2, hidden_size))
+        self.n_cue = n_cue
+        self.pad_id = pad_id
 
     @classmethod
-    def for_model(cls, model, n_cue=0):
-        return cls(model.config.text.hidden_size, n_cue, model.pad_id).to(model.device)
+    def for_model(cls, model, processor=None, template=None, n_cue=0, pad_id=None):
+        """n_cue is worked out if processor and template are given."""
+        n_cue = cue_length(processor, template) if processor else n_cue
+        pad_id = model.pad_id if pad_id is None else pad_id
+        return cls(model.config.text.hidden_size, n_cue, pad_id).to(model.device)
 
-    def like(self, model):
-        return self.for_model(model, self.n_cue)
-
-    def columns(self, input_ids, prompt=None):
-        """Which tokens the two rows cover: readout, context (B,T) bool."""
-        token = input_ids != self.pad_id
-        prompt = (token if prompt is None else prompt.to(token.device)) & (token.cumsum(1) > 1)           # never <s>
-        readout = prompt & (prompt.flip(1).cumsum(1).flip(1) <= max(1, self.n_cue))
-        return readout, prompt & ~readout
+    @staticmethod
+    def sizes(tensors):
+        return tensors["W"].shape[1:]
 
     def after_embedding(self, input_ids, x):
-        prompt, self.prompt = self.prompt, None
-        if input_ids.shape[1] == 1:                                                       # a generated token
+        if input_ids.shape[1] == 1:                                          # a generated token
             return x
-        for w, covered in zip(self.W, self.columns(input_ids, prompt), strict=True):
+        token = input_ids != self.pad_id
+        return self.add(token & (token.cumsum(1) > 1), x)                    # never to <s>
+
+    def add(self, prompt, x):
+        """To x (B,T,d), where `prompt` (B,T) bool is instruction or query."""
+        readout = prompt & (prompt.flip(1).cumsum(1).flip(1) <= max(1, self.n_cue))
+        for w, covered in zip(self.W, (readout, prompt & ~readout), strict=True):
             n = covered.sum(1, keepdim=True).clamp(min=1).to(w.dtype)
             x = x + ((covered / n.sqrt()).unsqueeze(-1) * w).to(x.dtype)
         return x
 
-    def groups(self, lr):
-        """Parameter groups of the optimiser."""
-        return [{"params": [self.W], "lr": lr}]
+    @staticmethod
+    def losses(model, adapter, batch, features, ce_on="answer"):
+        """No L_align, and the mean of the LM losses without demonstrations and with them."""
+        def ce(rows, read):
+            inputs = rows.inputs(model, features)
+            states = model.hidden_states(**inputs, shifts=Parted(adapter, rows))
+            return lm_loss(model, states, inputs["input_ids"], read.to(model.device))
 
-    def save(self, path, **about):
-        about |= {"n_cue": self.n_cue, "pad_id": self.pad_id}
-        save_atomically(self.state_dict(), path, {k: str(v) for k, v in about.items()})
+        alone = ce(batch.student, getattr(batch, ce_on))
+        behind = ce(batch.teacher, batch.teacher.part == ANSWER)
+        return torch.zeros_like(alone), (alone + behind) / 2
 
-    @classmethod
-    def load(cls, path):
-        tensors, about = read_adapter(path, "STAVE")
-        shapes, numbers = {name: tuple(x.shape) for name, x in tensors.items()}, [about.get(k, "") for k in ("n_cue", "pad_id")]
-        d = (shapes.get("W", ()) + (0, 0))[1]
-        if shapes != {"W": (2, d)} or not all(map(str.isdecimal, numbers)):
-            raise InputError(f"{path}: expected a STAVE adapter with W (2,d), n_cue and pad_id, found {shapes}")
-        stave = cls(d, *map(int, numbers))
-        stave.load_state_dict(tensors)
-        return stave
+
+class Parted(Shifts):
+    """STAVE on rows with demonstrations or an answer: every token says which part of them it is."""
+
+    def __init__(self, stave, rows):
+        self.stave = stave
+        self.prompt = (rows.part == INSTRUCTION) | (rows.part == QUERY)
+
+    def after_embedding(self, input_ids, x):
+        return self.stave.add(self.prompt.to(x.device), x)

@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eval import classes_of
+import models
 
 torch.set_num_threads(1)         # the models of the tests are too small for two threads to help
 
 
 def pytest_addoption(parser):
-    parser.addoption("--of", default=None, metavar="FOLDER", help="grade model.py, mimic.py and fit.py of this folder, each "
-                     "function by the tests of its own step: pytest tests/test_[1-5]* --of exercises")
+    parser.addoption("--of", default=None, metavar="FOLDER", help="grade the functions in this folder's files, "
+                     "each by the tests of its own step: pytest tests/test_[1-5]* --of exercises")
 
 
 def pytest_configure(config):
@@ -100,7 +100,7 @@ def save_model(folder, config, seed=0, std=0.1):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(seed)
-    kind = classes_of(folder)[0]
+    kind = models.of(folder)[0]
     model = kind(kind.config_class.from_file(folder / "config.json"))
     for name, p in model.named_parameters():
         if "alpha" in name:                          # gates that begin closed
@@ -150,7 +150,7 @@ def either_folder(request):
 def model(request, tmp_path_factory):
     """Three random layers in float64, vocabulary 100, picture token 99; either model."""
     folder = save_model(tmp_path_factory.mktemp("model"), small(request.param, 100))
-    return classes_of(folder)[0].from_pretrained(folder, torch.float64)
+    return models.of(folder)[0].from_pretrained(folder, torch.float64)
 
 
 # Imports once, then forks for every order {"script", "words", "errors": file for stderr, "seconds": when to kill it, or null,
@@ -160,9 +160,9 @@ def model(request, tmp_path_factory):
 HELPER = """
 import json, os, re, resource, socket, sys, tempfile, threading, time
 import train, eval as evaluation
+from support.files import run_command
 from tqdm import tqdm
 tqdm.monitor_interval = 0                        # no thread beside the one that forks
-train.SAVE_SECONDS = 0.02
 with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as sys.stdout:     # imports what is imported at first use
     train.main(["--samples", "4", "--dev-samples", "2", "--limit", "1", "--epochs", "1", "--shots", "1", "--compare", "--out",
                 folder])
@@ -182,8 +182,6 @@ for line in sys.stdin:
             if n > 1:
                 os.environ |= {"WORLD_SIZE": str(n), "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                                "MASTER_PORT": port}
-            if "save_seconds" in order:
-                train.SAVE_SECONDS = order["save_seconds"]
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(os.open(order["errors"], os.O_WRONLY | os.O_APPEND), 2)
             sys.argv = [order["script"], *order["words"]]
@@ -195,7 +193,7 @@ for line in sys.stdin:
             if "user" in order:
                 os.setuid(order["user"])
             try:
-                evaluation.run_command({"train.py": train.main, "eval.py": evaluation.main}[order["script"]], goes_on=True)
+                run_command({"train.py": train.main, "eval.py": evaluation.main}[order["script"]])
                 os._exit(0)
             except SystemExit as e:
                 sys.stderr.flush()

@@ -20,8 +20,9 @@ STEPS = {
     2: ("mimic.mixing_weight", "mimic.icl_attention"),
     3: ("mimic.MimIC.f", "mimic.MimIC.mu", "mimic.MimIC.after_attention"),
     4: ("mimic.align_loss",),
-    5: ("fit.start_f", "fit.best_v", "fit.unexplained"),
+    5: ("layerwise.start_f", "layerwise.best_v", "layerwise.unexplained"),
 }
+HOMES = {"layerwise": "experiments.layerwise"}        # our module, where it is not at the root
 
 
 class Now:
@@ -42,13 +43,19 @@ def either(step, ours, theirs):
     return chosen
 
 
+def path_of(folder, room):
+    """mimic.py of a folder; layerwise.py may stand where ours does."""
+    plain, ours = (Path(folder) / f"{name.replace('.', '/')}.py" for name in (room, HOMES.get(room, room)))
+    return ours if ours.exists() else plain
+
+
 def read_all(folder):
     """→ {name in STEPS: the student's function}, and the student's modules {room: module}.
 
     Raises pytest.UsageError, one line, for a folder, a file or a function that is missing, and for a file that is no Python."""
     functions, modules = {}, {}
     for room in sorted({name.split(".")[0] for names in STEPS.values() for name in names}):
-        path = Path(folder) / f"{room}.py"
+        path = path_of(folder, room)
         spec = importlib.util.spec_from_file_location(f"of_{room}", path)
         modules[room] = importlib.util.module_from_spec(spec)
         try:
@@ -78,7 +85,8 @@ def put_in_place(folder):
     for step, names in STEPS.items():
         for name in names:
             room = name.split(".")[0]
-            (ours, last), (theirs, _) = (holder_of(m, name) for m in (importlib.import_module(room), modules[room]))
+            home = importlib.import_module(HOMES.get(room, room))
+            (ours, last), (theirs, _) = (holder_of(m, name) for m in (home, modules[room]))
             chosen = either(step, getattr(ours, last), functions[name])
             setattr(ours, last, chosen)
             setattr(theirs, last, chosen)

@@ -7,7 +7,8 @@ import spec
 import torch
 from grading import same
 
-from model import attention, causal_mask, sdpa
+from model import attention, causal_mask
+from support.kernels import sdpa
 
 torch.manual_seed(0)
 

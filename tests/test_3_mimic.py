@@ -9,9 +9,10 @@ import torch
 from conftest import with_pictures
 from grading import same
 
-from idefics1 import Idefics1Config
 from mimic import MimIC, Recorder
-from model import Config, InputError, Shifts, attention, causal_mask
+from model import Config, Shifts, attention, causal_mask
+from models.idefics1 import Idefics1Config
+from support.files import InputError
 
 
 def random_mimic(model, **options):

@@ -3,10 +3,14 @@
 import pytest
 import torch
 from grading import same
+from PIL import Image
 
+import models
+from data import Sample, collate, encode_images
 from mimic import MimIC, Recorder, align_loss
 from model import Shifts, attention, split_heads
-from train import learning_rate
+from support.files import InputError
+from train import learning_rate, losses, steps_of
 
 torch.manual_seed(0)
 
@@ -140,27 +144,52 @@ def test_learning_rate_rises_for_a_tenth_of_the_steps_and_falls_to_zero():
     assert rates[55] == pytest.approx(0.5, abs=0.01) and all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
 
 
-def test_padding_a_batch_changes_no_loss_and_no_gradient(either_folder):
-    """A short and a long sample together, the short one padded, against each alone, from prompts to gradients in float64."""
-    from PIL import Image
+# ---------------------------------------------------------------------------------------------------------------------
+# From prompts to gradients
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def exact(either_folder):
+    """A tiny random model in float64, its processor, six samples with questions of other lengths, and their features."""
+    model, processor = models.load_model(either_folder, "cpu", "float64")
+    samples = [Sample(i, Image.new("RGB", (400, 400), (40 * i, 9, 9)), "why " * (1 + 5 * i) + "?", [], "so", i) for i in range(6)]
+    return model, processor, samples, encode_images(model, processor, samples, {})
 
-    from data import Sample, collate
-    from eval import load_model
-    from mimic import MimIC
-    from train import losses, parse
 
-    model, processor = load_model(either_folder, "cpu", "float64")
-    pictures = [Image.new("RGB", (400, 400), (80 * i, 9, 9)) for i in range(2)]
-    samples = [Sample(i, pictures[i], "why " * n + "?", [], "so", i) for i, n in enumerate((1, 12))]
-    values, mask = processor.images([s.image for s in samples])
-    features = dict(enumerate(model.encode_images(values, mask)))
-    args, results = parse([]), []
-    for rows in (samples, samples[:1], samples[1:]):
-        torch.manual_seed(0)
-        mimic = MimIC(3, 4, 16).double()
-        batch = collate(rows, [[s for s in samples if s is not q] for q in rows], processor, processor.templates["vqa"])
-        align, ce = losses(model, mimic, batch, features, args)
-        (align + args.lambda_ce * ce).backward()
-        results.append((align, ce, *(p.grad for p in mimic.parameters())))
+def step(exact, queries, icds, share=False, **options):
+    """L_align, L_gt and the gradients of a batch, and how many tokens each pass embeds."""
+    model, processor, _, features = exact
+    torch.manual_seed(0)
+    mimic, seen = MimIC(3, 4, 16).double(), []
+    batch = collate(queries, icds, processor, processor.templates["vqa"], share)
+    embedded = model.text_model.embed_tokens.register_forward_hook(lambda _m, x, _y: seen.append(x[0].numel()))
+    align, ce = losses(model, mimic, batch, features, **options)
+    embedded.remove()
+    (align + 0.5 * ce).backward()
+    return (align, ce, *(p.grad for p in mimic.parameters())), seen
+
+
+def test_padding_a_batch_changes_no_loss_and_no_gradient(exact):
+    """A short and a long sample together, the short one padded, against each alone, in float64."""
+    a, b = samples = exact[2][:2]
+    results = [step(exact, rows, [[b] if q is a else [a] for q in rows])[0] for rows in (samples, [a], [b])]
     for together, short, long in zip(*results, strict=True):                     # both answers have two tokens
         torch.testing.assert_close(together, (short + long) / 2, rtol=1e-5, atol=1e-7)      # the losses are fp32
+
+
+@pytest.mark.parametrize("align_on", ["layer", "ffn"])
+def test_demonstrations_that_a_batch_shares_are_read_once_and_change_no_loss_and_no_gradient(exact, align_on):
+    """Queries of different lengths: beside the shared demonstrations the rows are padded inside, not on the left."""
+    queries, icds = exact[2][:3], exact[2][3:]
+    (alone, tokens), (shared, fewer) = (step(exact, queries, [icds] * 3, share, align_on=align_on) for share in (False, True))
+    for a, b in zip(alone, shared, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)                          # the losses are fp32
+    n = fewer[0]                                                        # of the instruction and three demonstrations
+    assert n > 3 * 6 and tokens[0] >= 3 * n and sum(fewer) <= sum(tokens) - 2 * n
+
+
+def test_shared_demonstrations_are_none_of_the_batchs_queries(exact):
+    for micro in steps_of(exact[2], 0, 0, batch_size=3, accumulate=2, shots=3, share_icds=True):
+        for queries, icds in micro:
+            assert all(d == icds[0] for d in icds) and not {s.id for s in icds[0]} & {q.id for q in queries}
+    with pytest.raises(InputError, match="expected at least 3 training samples"):
+        list(steps_of(exact[2], 0, 0, batch_size=4, accumulate=1, shots=3, share_icds=True))

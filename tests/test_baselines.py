@@ -10,18 +10,24 @@ import pytest
 import spec
 import torch
 from conftest import TINY_CONFIG, with_pictures
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+import baselines
+import models
 from baselines.hificl import HiFICL
+from baselines.live import LIVE
 from baselines.lora import LoRA
 from baselines.prompt_tuning import PromptTuning
-from baselines.stave import STAVE, cue_length
-from data import TEMPLATES, Processor, Sample, collate, prompts, render
-from eval import ADAPTERS, check_fits, classes_of, count
-from features import sees_alike
-from model import Config, Idefics2, InputError, KVCache, attention, causal_mask
-from train import prompt_columns
+from baselines.stave import STAVE, Parted, cue_length
+from data import ANSWER, PADDING, QUERY, TEMPLATES, Processor, Rows, Sample, collate, draw, encode_images, load, prompts
+from data import row as row_of
+from eval import count
+from model import Config, Idefics2, KVCache, attention, causal_mask
+from support.files import InputError
 
 CLOSE = {"rtol": 0, "atol": 1e-11}
+ADAPTERS = baselines.adapters()
 OPTIONS = {"lora": {"rank": 4}, "stave": {"n_cue": 2}, "prompt-tuning": {"n": 3}}
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -89,7 +95,9 @@ def test_lora_leaves_the_base_model_alone_and_copies_none_of_its_tensors(model):
     assert torch.equal(model(ids, mask), before) and [name for name, _ in model.named_modules()] == names
     own = {id(p) for p in lora.parameters()}
     assert {id(p) for p in student.parameters()} - own == {id(p) for p in model.parameters()}
-    assert sees_alike(student, model)                                        # its picture features are those of the base
+    targets, shared = [name.replace("/", ".") for name in lora.A], set(student.modules())
+    assert all(m in shared or any(t.startswith(name) for t in targets) for name, m in model.named_modules())
+    assert not lora.changes_vision and LoRA.for_model(model, scope="all").changes_vision
 
 
 def test_merged_lora_is_plain_weights_with_the_same_logits(model):
@@ -154,19 +162,19 @@ def test_stave_adds_each_row_divided_by_the_root_of_what_it_covers(model):
 
 
 def test_stave_covers_instruction_and_query_but_no_demonstration_and_no_answer(either_folder):
-    processor = classes_of(either_folder)[1].from_pretrained(either_folder)
+    processor = models.of(either_folder)[1].from_pretrained(either_folder)
     template = processor.templates["vqa"]
     a, b, c = (Sample(i, None, q, [s], s) for i, (q, s) in enumerate(
         [("what is this?", "cat"), ("is it a long one or not?", "yes it is"), ("where?", "left")]))
     batch = collate([a, b], [[b, c], [c, a]], processor, template)
-    stave = STAVE(8, cue_length(processor, template))
-    for rows, columns in zip((batch.student, batch.teacher), prompt_columns(batch), strict=True):
-        readout, context = stave.columns(rows.input_ids, columns)
+    stave = STAVE(2, cue_length(processor, template), 0)
+    stave.W.data = torch.eye(2)                                          # a number for each
+    for rows in batch.student, batch.teacher:
+        added = Parted(stave, rows).after_embedding(rows.input_ids, torch.zeros(*rows.part.shape, 2)) > 0
         for i, query in enumerate((a, b)):
-            assert processor.decode(rows.input_ids[i][readout[i]].tolist()) == "Answer:"
-            covered = rows.input_ids[i][context[i] | readout[i]].tolist()
-            alone = processor.encode(processor.expand("".join(render(template, [], query)[:2])))[1:]
-            assert covered == alone                                        # the prompt without demonstrations, without <s>
+            assert processor.decode(rows.input_ids[i][added[i, :, 0]].tolist()) == "Answer:"
+            covered = rows.input_ids[i][added[i].any(-1)].tolist()
+            assert covered == row_of(processor, template, [], query, with_answer=False)[0][1:]     # no demonstrations, no <s>
 
 
 def test_a_zero_start_is_the_base_model_bit_for_bit(model):
@@ -176,6 +184,48 @@ def test_a_zero_start_is_the_base_model_bit_for_bit(model):
         assert torch.equal(run(model, fresh, ids, mask), model(ids, mask))
 
 
+# ---- losses of their own ------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def toy():
+    """The toy model in fp64, a batch of three queries behind two demonstrations each, its picture features."""
+    toy, processor = models.load_model(REPOSITORY / "checkpoints/tiny", "cpu", "float64")
+    pool = load("toy", None, "train")[:20]
+    batch = collate(pool[:3], draw(pool, pool[:3], 2, 0), processor, TEMPLATES["toy"])
+    return toy, batch, encode_images(toy, processor, pool, {})
+
+
+def of_answers(model, rows, features, shifts):
+    """The log-probabilities before each token of the answers, and these tokens, a row at a time."""
+    log_p = model.lm_head(model.hidden_states(**rows.inputs(model, features), shifts=shifts)).float().log_softmax(-1)
+    for found, ids, part in zip(log_p, rows.input_ids, rows.part, strict=True):
+        for t in (part == part.max()).nonzero().flatten().tolist():
+            yield found[t - 1], ids[t]
+
+
+@pytest.mark.parametrize("kl_late", [False, True])
+def test_lives_kl_compares_what_comes_before_each_token_of_the_answer(toy, kl_late):
+    """The official code's: before the second of them and on, and behind the last."""
+    model, batch, features = toy
+    live = trained("live", model)
+    align, ce = LIVE.losses(model, live, batch, features, kl_late=kl_late)
+    p, q = (list(of_answers(model, rows, features, who)) for rows, who in ((batch.teacher, None), (batch.student, live)))
+    torch.testing.assert_close(ce, -sum(found[token] for found, token in q) / len(q))
+    kl = sum((a.exp() * (a - b)).sum() for (a, _), (b, _) in zip(p, q, strict=True)) / len(q)
+    assert (align - kl).abs() > 1e-3 if kl_late else torch.allclose(align, kl, rtol=1e-5)
+    assert LIVE.losses(model, live, batch, features, lambda_align=0) == (0, ce)
+
+
+def test_staves_loss_is_the_mean_of_two_behind_the_query_and_behind_demonstrations_and_query(toy):
+    model, batch, features = toy
+    stave, total = trained("stave", model), 0
+    for rows in batch.student, batch.teacher:
+        found = list(of_answers(model, rows, features, Parted(stave, rows)))
+        total -= sum(log_p[token] for log_p, token in found) / len(found)
+    align, ce = STAVE.losses(model, stave, batch, features)
+    torch.testing.assert_close(ce, total / 2)
+    assert align == 0 and STAVE.losses(model, stave, batch, features, ce_on="sequence")[1] != ce
+
+
 # ---- all of them -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("published, text, everywhere", [("idefics2-8b-base", 13_631_488, 17_588_224),
                                                          ("idefics-9b", 16_777_216, 24_993_792)])
@@ -183,7 +233,7 @@ def test_parameters_on_the_real_models_are_the_published_numbers(published, text
     config = json.loads((shared / f"spec/expected_{published}.json").read_text())["config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
-        kind = classes_of(tmp_path)[0]
+        kind = models.of(tmp_path)[0]
         real = kind(kind.config_class.from_file(tmp_path / "config.json"))
         for method, options, n in (("mimic", {}, 263_168), ("live", {}, 131_104), ("lora", {}, text),
                                    ("lora", {"scope": "all"}, everywhere), ("stave", {}, 8_192), ("prompt-tuning", {}, 81_920),
@@ -199,6 +249,7 @@ def test_gradients_reach_every_parameter_of_the_adapter_and_nothing_else(model, 
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
     groups = adapter.groups(0.1)
     assert sum(p.numel() for g in groups for p in g["params"]) == count(adapter)
+    assert [g["lr"] for g in groups] == ([0.1, 0.2] if method == "live" else [0.1])
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
@@ -207,7 +258,7 @@ def test_a_saved_adapter_gives_the_same_logits_and_no_other_method_loads_it(mode
     adapter.save(path, method=method)
     loaded = ADAPTERS[method].load(path)
     assert torch.equal(run(model, loaded, *prompt()), run(model, adapter, *prompt()))
-    check_fits(loaded, model, path)
+    baselines.load_adapter(path, method, model)
     for other in ADAPTERS.keys() - {method}:
         with pytest.raises(InputError, match="adapter.safetensors: expected a .* adapter"):
             ADAPTERS[other].load(path)
@@ -215,7 +266,7 @@ def test_a_saved_adapter_gives_the_same_logits_and_no_other_method_loads_it(mode
     smaller["text_config"] |= {"hidden_size": 32, "vocab_size": 100}
     (tmp_path / "config.json").write_text(json.dumps(smaller | {"image_token_id": 99}))
     with pytest.raises(InputError, match="expected an adapter whose") as error:
-        check_fits(loaded, Idefics2(Config.from_file(tmp_path / "config.json")), path)
+        baselines.load_adapter(path, method, Idefics2(Config.from_file(tmp_path / "config.json")))
     assert "\n" not in str(error.value)
 
 
@@ -227,8 +278,9 @@ def test_decoding_with_a_cache_equals_the_full_forward(model, method):
     with torch.no_grad():
         states = [student.hidden_states(ids[:, :n], mask[:, :n], features, adapter, cache=cache)]
         states += [student.hidden_states(ids[:, t:t + 1], mask[:, :t + 1], None, adapter, cache=cache) for t in range(n, T)]
-        adapter.prompt = mask & (torch.arange(T) < n)                      # STAVE is told what was generated
-        full = student.hidden_states(ids, mask, features, adapter)
+        rows = Rows(ids, torch.where(mask.cumsum(1) > 1, QUERY, PADDING), [])           # <s> is no part of it
+        rows.part[:, n:] = ANSWER                                          # STAVE is told what was generated
+        full = student.hidden_states(ids, mask, features, Parted(adapter, rows) if method == "stave" else adapter)
     torch.testing.assert_close(torch.cat(states, 1)[mask], full[mask], **CLOSE)
 
 
@@ -238,9 +290,20 @@ def test_model_py_knows_no_method():
 
 
 def test_hificl_starts_with_virtual_pairs_that_add_nothing():
-    assert not HiFICL(1, 2, 4).V_B.any() and HiFICL(1, 2, 4).K_B.any()
+    assert not HiFICL(1, 2, 4, 3, 2).V_B.any() and HiFICL(1, 2, 4, 3, 2).K_B.any()
 
 
 def test_lora_refuses_names_that_are_no_linear(model):
     with pytest.raises(InputError, match="--targets: expected names of linear layers such as q_proj, found w_q"):
         LoRA.for_model(model, targets=["w_q"])
+
+
+@pytest.mark.parametrize("name, value", [("rank", "8"), ("rank", "1000000000000"), ("alpha", "nan"), ("dropout", "1"),
+                                         ("scope", "left")])
+def test_a_lora_file_whose_numbers_do_not_fit_is_said_in_one_line(model, name, value, tmp_path):
+    LoRA.for_model(model).save(tmp_path / "lora.safetensors")
+    with safe_open(tmp_path / "lora.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        save_file(tensors, tmp_path / "bad.safetensors", file.metadata() | {name: value})
+    with pytest.raises(InputError, match=f"bad.safetensors: expected a LoRA adapter, found: .*{value}"):
+        LoRA.load(tmp_path / "bad.safetensors")

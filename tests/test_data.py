@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 
 import numpy as np
 import pytest
@@ -13,10 +12,11 @@ from transformers import IdeficsProcessor, PreTrainedTokenizerFast
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 
-from data import Processor, Sample, collate, load, pack, pick_icds, prompts, render, stemmer, train_dev
-from eval import classes_of
-from idefics1 import Idefics1Config, Idefics1Processor, latest_picture
-from model import InputError
+import data
+import models
+from data import Processor, Sample, collate, encode_images, load, pack, pick_icds, prompts, row, stemmer, train_dev
+from models.idefics1 import Idefics1Config, Idefics1Processor, latest_picture
+from support.files import InputError
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def processor(tiny_folder):
 @pytest.fixture(scope="module")
 def either(either_folder):
     """The processor of either tiny model."""
-    return classes_of(either_folder)[1].from_pretrained(either_folder)
+    return models.of(either_folder)[1].from_pretrained(either_folder)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,8 @@ def test_idefics1_has_the_official_prompts_of_its_own(shared, words, task):
     asked = {"vqa": ("Is it sunny?", "yes"), "caption": (None, "A man riding a wave on top of a surfboard.")}[task]
     *icds, query = (Sample(i, None, question, [], answer, i) for i, (question, answer) in enumerate([*icds, asked]))
     short = {"vqa": "vqa", "caption": "cap"}[task]
-    assert "".join(render(words.templates[task], icds, query)[:2]) == recorded[f"{short}2shot"]["prompt"]
+    ids, _ = row(words, words.templates[task], icds, query, with_answer=False)
+    assert ids == words.encode(words.expand(recorded[f"{short}2shot"]["prompt"]))
     template = words.official_templates[task]
     batch = collate([query], [icds], words, template)
     for rows, name in ((batch.teacher, "train_full"), (batch.student, "train_query_answer")):
@@ -151,7 +152,8 @@ def test_decoding_gives_the_text_back_without_special_tokens(processor):
 
 def test_a_token_without_a_row_in_the_model_is_refused_by_name(processor):
     with pytest.raises(InputError, match=r"expected ids below the model's 32002, found <end_of_utterance> = 32002"):
-        pack([processor.encode("yes<end_of_utterance>")], [], processor)
+        ids = processor.encode("yes<end_of_utterance>")
+        pack([(ids, [data.QUERY] * len(ids))], [], processor)
 
 
 # -- pixels
@@ -221,6 +223,30 @@ def test_rows_are_padded_on_the_left_only(either):
         assert (rows.input_ids[~rows.attention_mask] == either.pad_id).all() and rows.position_ids is None
 
 
+def test_every_token_knows_which_part_of_the_prompt_it_is(either):
+    queries, icds, batch = batch_of(either)
+    template = either.templates["vqa"]
+    for query, shown, ids, part in zip(queries, icds, batch.teacher.input_ids, batch.teacher.part, strict=True):
+        def said(*kinds, ids=ids, part=part):
+            return either.decode(ids[torch.isin(part, torch.tensor(kinds))])
+
+        assert (part.diff() >= 0).all() and ids[part == data.START].tolist() == [either.bos_id]       # in their order
+        assert set(ids[part == data.PADDING].tolist()) <= {either.pad_id}
+        assert said(data.INSTRUCTION) == template.instruction
+        assert said(data.ANSWER) == f"{query.target}\n"
+        assert said(data.QUERY).endswith(f"Question: {query.question}\nAnswer:") and said(data.ICD).count("Question: why") == 2
+        assert all(f"Question: {d.question}\nAnswer: {d.target}\n" in said(data.ICD) for d in shown)
+
+
+def test_official_separators_are_masked_and_of_no_part(either):
+    sample = Sample(0, None, "why?", [], "so", 0)
+    batch = collate([sample], [[sample]], either, either.official_templates["vqa"])
+    for rows, n in (batch.teacher, 2), (batch.student, 1):
+        separators = rows.part == data.SEPARATOR
+        assert rows.input_ids[separators].tolist() == [0] * n and not rows.attention_mask[separators].any()
+    assert not (batch.student.part == data.INSTRUCTION).any() and batch.sequence.sum() == batch.student.attention_mask.sum() - 1
+
+
 def test_the_loss_reads_the_answer_and_its_end(either):
     queries, _, batch = batch_of(either)
     for query, ids, answer in zip(queries, batch.student.input_ids, batch.answer, strict=True):
@@ -244,73 +270,31 @@ def test_images_come_in_the_order_of_their_tokens(either):
     assert n == len(batch.teacher.samples) * either.tokens_per_image
 
 
+def test_each_picture_is_encoded_once_and_beside_pictures_of_its_size(either_folder):
+    model, processor = models.load_model(either_folder, "cpu", "float64")
+    sizes = [(400, 400), (400, 400), (500, 380), (400, 400), (378, 378)]
+    samples = [Sample(i, Image.new("RGB", size, (40 * i, 9, 9)), None, [], id=i) for i, size in enumerate(sizes)]
+    encoded = []
+
+    def encode(values, mask):
+        encoded.append(len(values))
+        assert mask.all()                                                 # nothing is padded
+        return model.encode_images(values, mask)
+
+    features = {3: torch.zeros(1)}
+    assert encode_images(model, processor, [*samples, *samples], features, encode=encode) is features
+    assert sum(encoded) == 4 and features.pop(3) == 0
+    for s in (samples[i] for i in features):
+        torch.testing.assert_close(features[s.image_id], model.encode_images(*processor.images([s.image]))[0])
+    encode_images(model, processor, samples[:3], features, encode=encode)
+    assert set(features) == {0, 1, 2, 4} and sum(encoded) == 4
+
+
 def test_special_tokens_written_in_a_question_are_not_special(either):
     evil = Sample(0, None, "is <image> or </s><s> {question} {0} a tag?", [], "<unk>yes", 0)
     batch = collate([evil], [[evil]], either, either.templates["vqa"])
     assert (batch.student.input_ids == either.image_ids[1]).sum() == either.tokens_per_image
     assert "{question} {0} a tag?" in either.decode(batch.student.input_ids[0])
-
-
-# -- bad input
-def truncated(path):
-    path.write_bytes(path.read_bytes()[:-20])
-
-
-def not_json(path):
-    path.write_bytes(b"\xff\xfe")
-
-
-def other(path):
-    path.write_text("[1, 2]")
-
-
-@pytest.mark.parametrize("harm", [truncated, not_json, other, lambda path: path.unlink()])
-@pytest.mark.parametrize("dataset, file", [
-    ("okvqa", "okvqa/OpenEnded_mscoco_train2014_questions.json"), ("okvqa", "okvqa/mscoco_train2014_annotations.json"),
-    ("vqav2", "vqav2/v2_mscoco_train2014_annotations.json"), ("coco", "coco/dataset_coco.json")])
-def test_a_bad_file_is_named_in_one_line(shared, tmp_path, dataset, file, harm):
-    for folder in ("okvqa", "vqav2"):
-        shutil.copytree(shared / "data" / folder, tmp_path / folder)
-    (tmp_path / "coco").mkdir()
-    shutil.copy(shared / "data/coco/dataset_coco.json", tmp_path / "coco")
-    for path in tmp_path.rglob("*"):
-        path.chmod(0o755)
-    harm(tmp_path / file)
-    with pytest.raises(InputError, match="expected.*found") as error:
-        load(dataset, tmp_path, "train")
-    assert str(tmp_path / file) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_question_without_annotation_is_named(shared, tmp_path):
-    shutil.copytree(shared / "data/okvqa", tmp_path / "okvqa")
-    path = tmp_path / "okvqa/mscoco_train2014_annotations.json"
-    path.chmod(0o644)
-    content = json.loads(path.read_text())
-    gone = content["annotations"].pop()["question_id"]
-    path.write_text(json.dumps(content))
-    with pytest.raises(InputError, match=f"expected an annotation of question {gone}"):
-        load("okvqa", tmp_path, "train")
-
-
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xd8\xff\xe0 no jpeg", "half"])
-def test_a_bad_picture_is_named_in_one_line(shared, tmp_path, content):
-    real, path = next((shared / "data/coco/val2014").glob("*.jpg")).read_bytes(), tmp_path / "picture.jpg"
-    if content is not None:
-        path.write_bytes(real[:len(real) // 2] if content == "half" else content)
-    with pytest.raises(InputError, match="picture.jpg: expected an? .*image, found") as error:
-        Sample(0, path, None, []).picture()
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("file, content", [("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("config.json", "[]"),
-                                           ("preprocessor_config.json", "{"), ("tokenizer.json", None)])
-def test_a_bad_model_folder_is_named_in_one_line(tiny_folder, tmp_path, file, content):
-    for name in ("tokenizer.json", "config.json"):
-        shutil.copy(tiny_folder / name, tmp_path)
-    (tmp_path / file).unlink() if content is None else (tmp_path / file).write_text(content)
-    with pytest.raises(InputError, match=file) as error:
-        Processor.from_pretrained(tmp_path)
-    assert "\n" not in str(error.value)
 
 
 def test_shuffling_a_seed_does_not_touch_the_global_random_state():

@@ -39,13 +39,14 @@ def functions(source):
 def solved(folder, steps, changes=()):
     """A copy of exercises/ with our own functions in these steps; changes: (ours, theirs) pieces of source."""
     shutil.copytree(REPOSITORY / "exercises", folder)
-    for room in "model", "mimic", "fit":
-        ours, lines = (REPOSITORY / f"{room}.py").read_text(), (folder / f"{room}.py").read_text().splitlines()
+    for room in "model", "mimic", "layerwise":
+        ours, lines = grading.path_of(REPOSITORY, room).read_text(), (folder / f"{room}.py").read_text().splitlines()
         right, names = functions(ours), [n for s in steps for n in grading.STEPS[s] if n.startswith(f"{room}.")]
         for name in sorted((n.split(".", 1)[1] for n in names), key=lambda n: -functions("\n".join(lines))[n][0]):
             start, end = functions("\n".join(lines))[name]
             lines[start:end] = ours.splitlines()[slice(*right[name])]
-        text = "\n".join([*lines, "from fit import covariance  # our start_f uses it" if room == "fit" else "", ""])
+        more = ["from experiments.layerwise import covariance  # our start_f uses it"] if room == "layerwise" else []
+        text = "\n".join([*lines, *more, ""])
         for piece, wrong in changes:
             text = text.replace(piece, wrong)
         (folder / f"{room}.py").write_text(text)
@@ -60,7 +61,7 @@ def blank():
 
 
 def test_no_solution_is_in_the_exercises():
-    for room in "model", "mimic", "fit":
+    for room in "model", "mimic", "layerwise":
         for node in ast.walk(ast.parse((REPOSITORY / f"exercises/{room}.py").read_text())):
             if isinstance(node, ast.FunctionDef):
                 documentation, body = node.body
@@ -68,8 +69,8 @@ def test_no_solution_is_in_the_exercises():
 
 
 def test_signatures_are_those_of_our_functions():
-    for room in "model", "mimic", "fit":
-        ours, theirs = (ast.parse((REPOSITORY / folder / f"{room}.py").read_text()) for folder in (".", "exercises"))
+    for room in "model", "mimic", "layerwise":
+        ours, theirs = (ast.parse(grading.path_of(folder, room).read_text()) for folder in (REPOSITORY, REPOSITORY / "exercises"))
         signatures = [{node.name: ast.unparse(node.args) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
                       for tree in (ours, theirs)]
         assert signatures[1].items() <= signatures[0].items() and signatures[1]
@@ -106,9 +107,8 @@ def test_our_own_files_can_be_graded_too():
 WRONG = [                                                       # ours, a student's, what the message says
     ("D ** -0.5", "1", "q·k is not divided by √D"),
     ("torch.sigmoid(log_z1 - log_z2", "torch.sigmoid(-log_z1 + log_z2", "Z2 stands in the numerator"),
-    ("lse if self.z2 == \"masked\" else attention(q, k, k[..., :1])[1]", "attention(q, k, k[..., :1])[1]",
-     "log Z2 over all keys, future and padding included, though z2 is masked"),
-    ("if norm else error", "if False else error", "norm divides by the teacher's mean square"),
+    ("if self.z2 == \"unmasked\"", "if True", "log Z2 over all keys, future and padding included, though z2 is masked"),
+    ("if norm:", "if False:", "norm divides by the teacher's mean square"),
     ("ridge * q.shape[1]", "ridge", "the ridge is not multiplied by N"),
     ("return (total - 2 *", "return 1 - (total - 2 *", "the explained share"),
 ]
@@ -134,7 +134,7 @@ def test_same_says_what_was_expected_and_found_and_accepts_what_is_equal():
     ("mimic", None, "expected .*mimic.py, found nothing"),
     ("mimic", "def mixing_weight(:", "expected .*mimic.py to be imported, found SyntaxError"),
     ("mimic", "import nothing_like_it", "expected .*mimic.py to be imported, found ModuleNotFoundError"),
-    ("fit", "start_f = None", "expected start_f in .*fit.py, found none")])
+    ("layerwise", "start_f = None", "expected start_f in .*layerwise.py, found none")])
 def test_a_folder_that_cannot_be_graded_is_refused(room, content, message, tmp_path):
     shutil.copytree(REPOSITORY / "exercises", tmp_path / "mine")
     path = tmp_path / "mine" / f"{room}.py"

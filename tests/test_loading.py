@@ -12,9 +12,10 @@ import torch
 from conftest import TINY, TINY_CONFIG, save_model
 from safetensors.torch import load_file, save_file
 
-from eval import classes_of
-from idefics1 import Idefics1, Idefics1Config
-from model import Config, Idefics2, InputError
+import models
+from model import Config, Idefics2
+from models.idefics1 import Idefics1, Idefics1Config
+from support.files import InputError
 
 SMALL = {**TINY_CONFIG, "text_config": {**TINY_CONFIG["text_config"], "vocab_size": 300}, "image_token_id": 299,
          "vision_config": {**TINY_CONFIG["vision_config"], "image_size": 140}}
@@ -30,7 +31,7 @@ def folder(request, tmp_path):
 
 
 def load(folder, **options):
-    return classes_of(folder)[0].from_pretrained(folder, **options)
+    return models.of(folder)[0].from_pretrained(folder, **options)
 
 
 def edit(folder, change):
@@ -137,23 +138,28 @@ def test_what_a_config_says_is_taken(tmp_path):
 
 @pytest.mark.parametrize("config, words", [
     ({"model_type": "llava"}, ["model_type", "'idefics2'", "'llava'"]),
-    ({}, ["model_type", "'idefics2'", "None"]),
+    ({}, ["'idefics2'", "no 'model_type'"]),
     ([1, 2], ["model_type", "'idefics2'"]),
     ("{\"model_type\": \"ide", ["expected complete JSON"]),
     ("", ["expected complete JSON"]),
-    ({"model_type": "idefics2", "text_config": [1]}, ["text_config", "an object", "[1]"]),
-    ({"model_type": "idefics2", "text_config": {"hidden_size": "4096"}}, ["text_config hidden_size", "int", "'4096'"]),
-    ({"model_type": "idefics2", "vision_config": {"patch_size": 14.5}}, ["vision_config patch_size", "int", "14.5"]),
-    ({"model_type": "idefics2", "vision_config": {"num_hidden_layers": -1}}, ["num_hidden_layers", "positive", "-1"]),
+    ({"model_type": "idefics2", "text_config": [1]}, ["dictionary"]),
+    ({"model_type": "idefics2", "text_config": {"hidden_size": "4096"}}, ["hidden_size '4096'", "int"]),
+    ({"model_type": "idefics2", "vision_config": {"patch_size": 14.5}}, ["patch_size 14.5", "int"]),
+    ({"model_type": "idefics2", "vision_config": {"num_hidden_layers": -1}}, ["num_hidden_layers -1", "int in 0 … 1000"]),
     ({"model_type": "idefics2", "perceiver_config": {"resampler_depth": True}}, ["resampler_depth", "int", "True"]),
-    ({"model_type": "idefics2", "text_config": {"num_key_value_heads": 5}}, ["multiple of the 5", "32"]),
+    ({"model_type": "idefics2", "text_config": {"num_key_value_heads": 5}}, ["num_attention_heads 32", "num_key_value_heads 5"]),
     ({"model_type": "idefics2", "text_config": {"hidden_act": "gelu"}}, ["hidden_act", "'silu'", "'gelu'"]),
-    ({"model_type": "idefics2", "text_config": {"rope_scaling": {"type": "yarn"}}}, ["rope", "'default'", "yarn"]),
-    ({"model_type": "idefics2", "tie_word_embeddings": True}, ["tie_word_embeddings", "false", "True"]),
+    ({"model_type": "idefics2", "text_config": {"rope_scaling": {"type": "yarn"}}}, ["type 'yarn'", "'default'"]),
+    ({"model_type": "idefics2", "tie_word_embeddings": True}, ["tie_word_embeddings True", "not False"]),
     ({"model_type": "idefics2", "image_token_id": "<image>"}, ["image_token_id", "<image>"]),
-    ("{\"model_type\": \"idefics2\", \"text_config\": {\"hidden_size\": NaN}}", ["text_config hidden_size", "nan"]),
-    ({"model_type": "idefics2", "text_config": {"rope_parameters": "default"}}, ["rope", "default"]),
-    ({"model_type": "idefics2", "vision_config": {"num_attention_heads": 7}}, ["7", "1152"]),
+    ("{\"model_type\": \"idefics2\", \"text_config\": {\"hidden_size\": NaN}}", ["hidden_size nan"]),
+    ({"model_type": "idefics2", "text_config": {"rope_parameters": "default"}}, ["'str' object"]),
+    ({"model_type": "idefics2", "vision_config": {"num_attention_heads": 7}}, ["hidden_size 1152", "num_attention_heads 7"]),
+    ({"model_type": "idefics2", "vision_config": {"num_attention_heads": 0}}, ["zero"]),
+    ({"model_type": "idefics2", "text_config": {"num_attention_heads": 0}}, ["zero"]),
+    ("{\"model_type\": \"idefics2\", \"text_config\": {\"rope_theta\": 1e400}}", ["rope_theta inf"]),
+    ({"model_type": "idefics2", "text_config": {"num_hidden_layers": 10 ** 9}}, ["num_hidden_layers 1000000000", "1000"]),
+    ({"model_type": "idefics2", "text_config": {"hidden_size": 10 ** 4000}}, ["hidden_size 1000"]),
 ])
 def test_a_config_this_model_is_not_is_refused_in_one_line(tmp_path, config, words):
     complaint(lambda: read_config(tmp_path, config), tmp_path / "config.json", *words)
@@ -161,14 +167,14 @@ def test_a_config_this_model_is_not_is_refused_in_one_line(tmp_path, config, wor
 
 @pytest.mark.parametrize("more, words", [
     ({"model_type": "idefics2"}, ["model_type", "'idefics'", "'idefics2'"]),
-    ({"num_hidden_layers": 30}, ["num_hidden_layers", "multiple of 4", "30"]),
-    ({"alpha_type": "matrix"}, ["alpha_type", "'float' or 'vector'", "'matrix'"]),
+    ({"num_hidden_layers": 30}, ["num_hidden_layers 30", "multiple of cross_layer_interval 4"]),
+    ({"alpha_type": "matrix"}, ["alpha_type 'matrix'", "'float' nor 'vector'"]),
     ({"hidden_act": "gelu"}, ["hidden_act", "'silu'", "'gelu'"]),
     ({"vision_config": {"hidden_act": "quick_gelu"}}, ["hidden_act", "'gelu'", "'quick_gelu'"]),
-    ({"vision_config": {"embed_dim": 1281}}, ["embed_dim", "multiple of 16", "1281"]),
+    ({"vision_config": {"embed_dim": 1281}}, ["hidden_size 1281", "multiple of num_attention_heads 16"]),
     ({"qk_layer_norms": 1}, ["qk_layer_norms", "bool", "1"]), ({"use_resampler": "yes"}, ["use_resampler", "bool", "'yes'"]),
-    ({"additional_vocab_size": -2}, ["additional_vocab_size", "-2"]), ({"cross_layer_interval": 0}, ["positive", "0"]),
-    ({"tie_word_embeddings": True}, ["tie_word_embeddings", "false"]),
+    ({"additional_vocab_size": -2}, ["additional_vocab_size", "-2"]), ({"cross_layer_interval": 0}, ["zero"]),
+    ({"tie_word_embeddings": True}, ["tie_word_embeddings True"]),
     ({"rope_parameters": {"rope_type": "yarn"}}, ["rope", "'default'", "yarn"]),
 ])
 def test_a_config_that_idefics1_is_not_is_refused_in_one_line(tmp_path, more, words):
@@ -178,16 +184,7 @@ def test_a_config_that_idefics1_is_not_is_refused_in_one_line(tmp_path, more, wo
 @pytest.mark.parametrize("config", [{"model_type": "llava"}, {"model_type": ["idefics"]}, {}, [1], "{"])
 def test_a_folder_of_no_known_model_is_refused_in_one_line(tmp_path, config):
     (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
-    complaint(lambda: classes_of(tmp_path), tmp_path / "config.json", "expected")
-
-
-def test_one_place_chooses_between_the_two_models():
-    """All else is written for whatever it is given."""
-    root = Path(__file__).resolve().parents[1]
-    files = {f.name: f.read_text() for folder in (root, root / "baselines") for f in folder.glob("*.py")}
-    assert {name for name, text in files.items() if "idefics1" in text.lower()} == {"idefics1.py", "eval.py"}
-    assert [line for line in files["eval.py"].splitlines() if "idefics1" in line.lower() and not line.startswith("from ")] == [
-        line for line in files["eval.py"].splitlines() if line.startswith("MODELS = ")]
+    complaint(lambda: models.of(tmp_path), tmp_path / "config.json", "expected")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,24 +216,24 @@ def test_leftovers_of_published_files_are_ignored(folder):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda t, text: t.pop(text + DOWN), ["1 missing", DOWN]),
-    (lambda t, text: t.update(extra=torch.ones(1)), ["1 unexpected", "extra"]),
-    (lambda t, text: t.update({text + NORM: torch.ones(63)}), ["1 misshapen", f"{NORM} [63] instead of [64]"]),
+    (lambda t, text: t.pop(text + DOWN), ["Missing", DOWN]),
+    (lambda t, text: t.update(extra=torch.ones(1)), ["Unexpected", "extra"]),
+    (lambda t, text: t.update({text + NORM: torch.ones(63)}), ["size mismatch", NORM, "[63]", "[64]"]),
     (lambda t, text: (t.pop(text + DOWN), t.update({"extra": torch.ones(1), text + NORM: torch.ones(64, 1)})),
-     ["1 missing", DOWN, "1 unexpected", "extra", "1 misshapen", NORM]),
+     ["Missing", DOWN, "Unexpected", "extra", "size mismatch"]),
     (lambda t, text: [t.pop(name) for name in list(t) if name.startswith(text + "layers")],
-     ["27 missing", "layers.0.mlp.up", "layers.2.self_attn.v"]),
+     ["Missing", "layers.0."]),
 ], ids=["missing", "unexpected", "misshapen", "all_three", "many"])
 def test_tensors_that_do_not_fit_the_config_are_listed(folder, change, words):
     edit(folder, lambda tensors: change(tensors, TEXT[folder.name]))
-    complaint(lambda: load(folder), folder, *words)
+    assert len(complaint(lambda: load(folder), folder, *words)) < 500
 
 
 def test_a_config_of_another_size_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     config.get("text_config", config)["num_hidden_layers"] = 4                # Idefics1: a gated block more, of 13 tensors
     (folder / "config.json").write_text(json.dumps(config))
-    complaint(lambda: load(folder), folder, f"{9 if 'text_config' in config else 22} missing", f"{TEXT[folder.name]}layers.3.")
+    complaint(lambda: load(folder), folder, "Missing", f"{TEXT[folder.name]}layers.3.")
 
 
 def break_nothing_but(name, content=None):
@@ -252,12 +249,12 @@ def break_nothing_but(name, content=None):
 
 @pytest.mark.parametrize("damage, words", [
     (shutil.rmtree, ["expected a model folder", "no such folder"]),
-    (break_nothing_but("config.json"), ["config.json", "expected a JSON file", "found nothing"]),
+    (break_nothing_but("config.json"), ["config.json", "expected complete JSON", "found nothing"]),
     (break_nothing_but("config.json", 100), ["config.json", "expected complete JSON"]),
     (break_nothing_but("generation_config.json", 10), ["generation_config.json", "expected complete JSON"]),
     (break_nothing_but("generation_config.json", "[1]"), ["generation_config.json", "expected"]),
-    (break_nothing_but("generation_config.json", '{"bad_words_ids": [[5, 6]]}'), ["bad_words_ids", "[[5, 6]]"]),
-    (break_nothing_but("generation_config.json", '{"bad_words_ids": [5]}'), ["bad_words_ids", "[5]"]),
+    (break_nothing_but("generation_config.json", '{"bad_words_ids": [[5, 6]]}'), ["bad_words_ids", "too many"]),
+    (break_nothing_but("generation_config.json", '{"bad_words_ids": [5]}'), ["bad_words_ids", "int"]),
     (break_nothing_but("generation_config.json", '{"eos_token_id": "</s>"}'), ["eos_token_id", "</s>"]),
     (break_nothing_but("model.safetensors"), ["model.safetensors", "found nothing"]),
     (break_nothing_but("model.safetensors", 5000), ["model.safetensors", "complete safetensors file"]),
@@ -278,6 +275,8 @@ def test_damaged_folders_are_refused_in_one_line(folder, damage, words):
     (break_nothing_but("model.safetensors.index.json", "{}"), ["model.safetensors.index.json", "weight_map"]),
     (break_nothing_but("model.safetensors.index.json", "[]"), ["model.safetensors.index.json", "weight_map"]),
     (break_nothing_but("model.safetensors.index.json", '{"weight_map": {"a": 1}}'), ["index.json", "weight_map"]),
+    (break_nothing_but("model.safetensors.index.json", '{"weight_map": {"a": "../b"}}'), ["index.json", "../b"]),
+    (break_nothing_but("model.safetensors.index.json", '{"weight_map": {"a": ".."}}'), ["index.json", ".."]),
 ])
 def test_damaged_shards_are_refused_in_one_line(folder, damage, words):
     shard(folder)
@@ -287,7 +286,12 @@ def test_damaged_shards_are_refused_in_one_line(folder, damage, words):
 
 def test_a_tensor_in_two_shards_is_refused(folder):
     shard(folder, overlap=[TEXT[folder.name] + NORM])
-    complaint(lambda: load(folder), "-of-00003.safetensors: expected", NORM, "once", "in model-00001-of-00003.safetensors")
+    complaint(lambda: load(folder), "-of-00003.safetensors: expected", NORM, "another shard")
+
+
+def test_a_tensor_of_integers_is_refused(folder):
+    edit(folder, lambda tensors: tensors.update({TEXT[folder.name] + NORM: torch.ones(64, dtype=torch.int64)}))
+    complaint(lambda: load(folder), "model.safetensors: expected", NORM, "torch.int64", "no floating point")
 
 
 @pytest.mark.parametrize("written, ends, banned, pad", [
@@ -332,12 +336,3 @@ def test_loading_maps_the_file_and_makes_no_second_copy(tmp_path, dtype, copies)
     assert touched < (copies + 0.2) * size
     if dtype == "float32":
         assert loaded < 0.2 * size
-
-
-def test_a_torch_whose_kernel_reads_foreign_memory_is_refused():
-    """Before 2.9 the kernel behind `fused_attention` takes every query head to have keys of its own."""
-    pretend = "import torch; torch.__version__ = torch.torch_version.TorchVersion('{}'); import model"
-    for version, refused in ("2.8.0+cpu", True), ("2.9.0", False), ("2.10.1+cu126", False):
-        found = subprocess.run([sys.executable, "-c", pretend.format(version)], capture_output=True, text=True,
-                               cwd=Path(__file__).resolve().parents[1])
-        assert (f"expected torch 2.9 or later, found {version}" in found.stderr) == refused == (found.returncode != 0)

@@ -12,7 +12,7 @@ from baselines.live import LIVE
 from data import OFFICIAL_TEMPLATES, Processor, Sample, collate
 from mimic import MimIC, Recorder, align_loss
 from model import Idefics2
-from train import losses, parse
+from train import losses, parse, taken
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +130,9 @@ def by_image(model, batch, processor):
 def test_train_py_official_takes_the_official_step(model, golden, batch):
     """The same losses and gradients through train.py's own functions: `python train.py --official`."""
     batch, processor = batch
-    args = parse(["--official"])
+    args, _ = parse(["--official"])
     mimic = adapter(golden, args.z2)
-    align, ce = losses(model, mimic, batch, by_image(model, batch, processor), args)
+    align, ce = losses(model, mimic, batch, by_image(model, batch, processor), **taken(losses, vars(args)))
     close(align, golden["mimic_unmasked_z2.ffn_mse_loss"])
     close(ce, golden["mimic_unmasked_z2.ce_loss"])
     (args.lambda_align * align + args.lambda_ce * ce).backward()
@@ -156,8 +156,8 @@ def test_live_moves_the_states_as_the_official_code_does(model, golden):
 def test_train_py_official_live_takes_the_official_step(model, golden, batch):
     """`python train.py --official --method live`: KL over the distributions behind the answer's tokens, one late."""
     batch, processor = batch
-    args, live = parse(["--official", "--method", "live"]), recorded_live(golden)
-    kl, ce = losses(model, live, batch, by_image(model, batch, processor), args)
+    (args, _), live = parse(["--official", "--method", "live"]), recorded_live(golden)
+    kl, ce = LIVE.losses(model, live, batch, by_image(model, batch, processor), **taken(LIVE.losses, vars(args)))
     close(kl, golden["live.logits_kl_loss"])
     close(ce, golden["live.ce_loss"])
     loss = args.lambda_align * kl + args.lambda_ce * ce
@@ -171,8 +171,7 @@ def test_train_py_official_live_takes_the_official_step(model, golden, batch):
 def test_kl_is_over_every_distribution_an_answer_is_read_from_unless_it_starts_late(model, golden, batch, late):
     """By default from the column before the answer's first token to the one before its end; official: each one later."""
     batch, processor = batch
-    args = parse(["--official", "--method", "live", *([] if late else ["--no-kl-late"])])
-    found, _ = losses(model, recorded_live(golden), batch, by_image(model, batch, processor), args)
+    found, _ = LIVE.losses(model, recorded_live(golden), batch, by_image(model, batch, processor), kl_late=late)
     each = []
     for b, row in enumerate(golden["student.input_ids"].tolist()):
         for t in range(row.index(0) + 1, len(row)):                                   # behind the separator, </s> included
@@ -180,4 +179,4 @@ def test_kl_is_over_every_distribution_an_answer_is_read_from_unless_it_starts_l
             p, q = (golden[f"{who}.logits"][b, at].double().softmax(-1).tolist() for who in ("teacher", "live"))
             each.append(sum(x * math.log(x / y) for x, y in zip(p, q, strict=True)))
     close(found, torch.tensor(sum(each) / len(each)))
-    assert parse(["--method", "live"]).align_on == "logits" and not parse(["--method", "live"]).kl_late
+    assert [parse([*words, "--method", "live"])[0].kl_late for words in ([], ["--official"])] == [False, True]

@@ -2,16 +2,19 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval as evaluation
-import results
-from data import load
-from metrics import caption_objects, chair, read_synonyms, singular, vqa_digits_articles, vqa_normalize, vqa_strip
-from model import InputError
+from data import DATASETS, load
+from metrics.chair import caption_objects, chair, read_synonyms, singular
+from metrics.vqa import vqa_digits_articles, vqa_normalize, vqa_strip
+from support.files import InputError
+from support.results import read_rows, table
+from tools import score
 
 UNICODE = st.text(st.characters(exclude_categories=()), max_size=40)
 COMMON = settings(max_examples=200, deadline=None)
@@ -50,7 +53,7 @@ def golden(shared, dataset, system):
 @pytest.mark.parametrize("system", VQAV2)
 def test_vqav2_scores_of_every_answer_and_question_type_are_the_official_ones(shared, root, system):
     path, _, (official,) = golden(shared, "vqav2", system)
-    row = evaluation.main(["--score", str(path), "--dataset", "vqav2", "--split", "train", "--data", str(root)])
+    row = score.main([str(path), "--dataset", "vqav2", "--split", "train", "--data", str(root)])
     assert row["score"] == official["accuracy"]["overall"] and row["n"] == official["n_questions"]
     assert row["per_answer_type"] == official["accuracy"]["perAnswerType"]
     assert row["per_question_type"] == official["accuracy"]["perQuestionType"] and len(row["per_question_type"]) > 60
@@ -61,17 +64,21 @@ def test_okvqa_is_scored_stemmed_raw_and_as_the_official_tool_does(shared, root,
     path, answers, (official, official_raw) = golden(shared, "okvqa", system)
     samples = {s.id: s for s in load("okvqa", root, "val")}
     asked = [samples[a["question_id"]] for a in answers]
-    found = results.further_scores("okvqa", asked, [a["answer"] for a in answers], root)
+    said = [a["answer"] for a in answers]
+    found = evaluation.further_scores("okvqa", asked, said, root)
     assert found["score_of"] == "stemmed"
     assert found["unstemmed_score"] == official["accuracy"]["overall"]
     assert found["raw_score"] == official_raw["accuracy"]["overall"]
-    unstemmed = results.vqa_accuracies([a["answer"] for a in answers], [s.answers for s in asked])
-    assert results.by_type(unstemmed, [s.question_type for s in asked]) == official["accuracy"]["perQuestionType"]
+    as_they_are = replace(DATASETS["okvqa"], stemmer=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DATASETS, "okvqa", as_they_are)
+        found = evaluation.further_scores("okvqa", asked, said, root)
+    assert found["per_question_type"] == official["accuracy"]["perQuestionType"] and "raw_score" not in found
 
 
 def test_stemming_answers_as_the_official_ones_are_raises_the_score(shared, root):
     path, _, (official, _) = golden(shared, "okvqa", OKVQA[0])
-    row = evaluation.main(["--score", str(path), "--dataset", "okvqa", "--data", str(root)])
+    row = score.main([str(path), "--dataset", "okvqa", "--data", str(root)])
     assert row["score"] > row["unstemmed_score"] + 3 and row["unstemmed_score"] == official["accuracy"]["overall"]
 
 
@@ -79,7 +86,7 @@ def test_the_mean_over_types_weighted_by_their_questions_is_the_score(root, shar
     path, answers, _ = golden(shared, "vqav2", VQAV2[0])
     samples = {s.id: s for s in load("vqav2", root, "train")}
     types = [samples[a["question_id"]].answer_type for a in answers]
-    row = evaluation.main(["--score", str(path), "--dataset", "vqav2", "--split", "train", "--data", str(root)])
+    row = score.main([str(path), "--dataset", "vqav2", "--split", "train", "--data", str(root)])
     assert sum(row["per_answer_type"][t] for t in types) / len(types) == pytest.approx(row["score"], abs=0.01)
 
 
@@ -95,7 +102,7 @@ def test_the_file_a_run_writes_is_official_and_scores_the_same_again(tiny_folder
         content = json.loads(file.read_text())
         assert len(content) == row["n"] and all(x.keys() == keys and isinstance(x[min(keys - {"answer", "caption"})], int)
                                                 for x in content)
-        again = evaluation.main(["--score", str(file), *common])
+        again = score.main([str(file), *common])
         assert {k: again[k] for k in ("metric", "score", "n")} == {k: row[k] for k in ("metric", "score", "n")}
         rows = json.loads((tmp_path / dataset / "results.json").read_text())
         assert [r["method"] for r in rows] == ["zero-shot", file.stem]
@@ -115,7 +122,7 @@ def test_captions_of_another_system_have_pycocoevalcaps_score(shared, tmp_path, 
                "sentences": [{"raw": r} for r in refs]} for i, refs in sorted(references.items(), key=lambda x: int(x[0]))]
     (tmp_path / "coco").mkdir()
     (tmp_path / "coco/dataset_coco.json").write_text(json.dumps({"images": images}))
-    row = evaluation.main(["--score", str(at / "vinvl_results.json"), "--dataset", "coco", "--split", "test",
+    row = score.main([str(at / "vinvl_results.json"), "--dataset", "coco", "--split", "test",
                            "--data", str(tmp_path)])
     expected = json.loads((at / "vinvl_golden.json").read_text())["CIDEr"]
     assert row["score"] == round(100 * expected, 2) and row["n"] == len(captions) == 100
@@ -126,41 +133,53 @@ def test_a_file_that_answers_a_part_is_scored_on_that_part_and_says_so(shared, t
     samples = load("okvqa", shared / "data", "val")
     path = tmp_path / "mine.json"
     path.write_text(json.dumps([{"question_id": s.id, "answer": s.answers[0]} for s in reversed(samples[:5])]))
-    row = evaluation.main(["--score", str(path), "--dataset", "okvqa", "--data", str(shared / "data"), "--out", str(tmp_path)])
+    row = score.main([str(path), "--dataset", "okvqa", "--data", str(shared / "data"), "--out", str(tmp_path)])
     assert row["n"] == 5 and row["unstemmed_score"] > 30
     assert f"answers 5 of the {len(samples)} items of okvqa val" in capsys.readouterr().out
-    assert evaluation.table(results.read_rows(tmp_path / "results.json")).split()[-3:] == ["–", "–", "–"]
+    assert table(read_rows(tmp_path / "results.json")).split()[-3:] == ["–", "–", "–"]
+
+
+def test_scoring_again_takes_the_place_of_the_older_row(shared, tmp_path):
+    first, second, *_ = load("okvqa", shared / "data", "val")
+    path = tmp_path / "mine.json"
+    words = [str(path), "--dataset", "okvqa", "--data", str(shared / "data"), "--out", str(tmp_path)]
+    for answers in [first.answers[0], "nothing"], ["nothing", "nothing"]:
+        path.write_text(json.dumps([{"question_id": s.id, "answer": a} for s, a in zip((first, second), answers, strict=True)]))
+        row = score.main(words)
+    assert read_rows(tmp_path / "results.json") == [row] and row["score"] == 0
+    said = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [(x["id"], x["prediction"], x["score"]) for x in said] == [(first.id, "nothing", 0.0), (second.id, "nothing", 0.0)]
 
 
 @pytest.mark.parametrize("content, message", [
-    ([{"question_id": 1, "answer": "a"}], "question_ids of the split, 17 in all, found 1"),
-    ("twice", "each question_id once, found [0-9]+ twice"),
-    ([{"question_id": "2971475", "answer": "a"}], "'question_id' of type int"), ([{"answer": "a"}], "'question_id' of type int"),
-    ([{"question_id": 1, "answer": None}], "'answer' of type str"), ([], "found an empty one"), ({}, "found dict"),
-    ([1], "found list"), (None, "complete JSON")])
+    ([{"question_id": 1, "answer": "a"}], "question_id 1, which is none of them"), ("twice", "every question_id once, found"),
+    ([{"question_id": "2971475", "answer": "a"}], "question_id '2971475', which"), ([{"answer": "a"}], "no 'question_id'"),
+    ([{"question_id": [1], "answer": "a"}], "unhashable"), ([{"question_id": 1, "answer": None}], "None in the place of text"),
+    ([], "an empty one"), ({}, "an empty one"), ({"a": 1}, "indices must be integers"), ([1], "not subscriptable"),
+    (5, "not iterable"), (None, "complete JSON")])
 def test_a_result_file_that_does_not_fit_is_named_in_one_line(shared, tmp_path, content, message):
     path, first = tmp_path / "bad.json", load("okvqa", shared / "data", "val")[0].id
     content = [{"question_id": first, "answer": "a"}] * 2 if content == "twice" else content
     path.write_text("[" if content is None else json.dumps(content))
     with pytest.raises(InputError, match=f"bad.json: expected.*{message}") as error:
-        evaluation.main(["--score", str(path), "--dataset", "okvqa", "--data", str(shared / "data")])
+        score.main([str(path), "--dataset", "okvqa", "--data", str(shared / "data")])
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--score", "x"], "expected --dataset okvqa, vqav2 or coco, found toy"), (["--chair", "x"], "expected --score FILE"),
-    (["--score", "x", "--dataset", "okvqa", "--chair", "y"], "expected --dataset coco, found okvqa"),
-    (["--score", "x", "--dataset", "okvqa", "--limit", "3"], "neither --run nor --limit")])
+    (["x"], "required: --dataset"), (["x", "--dataset", "toy"], "invalid choice: 'toy'"), (["--chair", "x"], "required: FILE"),
+    (["x", "--dataset", "okvqa", "--chair", "y"], "expected --dataset coco, found okvqa"),
+    (["x", "--dataset", "okvqa", "--limit", "3"], "expected options that --help names, found --limit")])
 def test_options_that_do_not_go_together_are_refused(words, message):
     with pytest.raises(InputError, match=message):
-        evaluation.main(words)
+        score.main(words)
 
 
 def test_a_split_without_annotations_cannot_be_scored(shared, tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"question_id": 290843000, "answer": "grey"}]))
     with pytest.raises(InputError, match="expected annotations of vqav2 val to score against, found none"):
-        evaluation.main(["--score", str(path), "--dataset", "vqav2", "--data", str(shared / "data")])
+        score.main([str(path), "--dataset", "vqav2", "--data", str(shared / "data")])
 
 
 # ---- the published list of questions
@@ -177,7 +196,7 @@ def test_vqav2_is_evaluated_on_the_10000_published_questions_whatever_else_the_f
         (tmp_path / "vqav2" / name).write_text(json.dumps({key: records}))
     assert [s.id for s in load("vqav2", tmp_path, "val")] == ids and len(ids) == 10_000
     (tmp_path / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": questions[:1]}))
-    with pytest.raises(InputError, match="val2014_questions.json: expected questions of the published list"):
+    with pytest.raises(InputError, match="expected samples of vqav2 val, found none"):
         load("vqav2", tmp_path, "val")
 
 

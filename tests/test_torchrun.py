@@ -12,11 +12,11 @@ import pytest
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# Batches of 3 and, at the end of an epoch, of 1, which leaves a process without work; 13 queries in batches of 4, 4, 4 and 1
-SMALL = ["--samples", "22", "--dev-samples", "5", "--limit", "13", "--eval-batch-size", "4", "--num-beams", "2"]
-TRAIN = [*SMALL, "--batch-size", "3", "--epochs", "2", "--test-every-epoch"]
+# 7 batches an epoch, two a step: the last step leaves a process without work; 13 queries in batches of 4, 4, 4 and 1
+SMALL = ["--samples", "19", "--dev-samples", "5", "--limit", "13", "--eval-batch-size", "4", "--num-beams", "2"]
+TRAIN = [*SMALL, "--batch-size", "3", "--accumulate", "2", "--epochs", "2"]
 VARIANTS = {"mimic": ["--shots", "2", "--compare", "0", "2"],
-            "accumulated": ["--shots", "1", "--accumulate", "3", "--compare"],
+            "uneven shares": ["--shots", "1", "--accumulate", "3", "--compare"],
             "shared demonstrations": ["--shots", "2", "--share-icds", "--compare"],
             "kl": ["--method", "live", "--shots", "1", "--compare"],
             "both prompts": ["--method", "stave", "--ce-on", "sequence", "--compare"]}
@@ -25,14 +25,14 @@ VARIANTS = {"mimic": ["--shots", "2", "--compare", "0", "2"],
 def read(folder):
     """→ log's numbers, rows of results, predictions."""
     log = [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in csv.DictReader(open(folder / "log.csv"))]
-    rows = [{k: v for k, v in r.items() if k not in ("ms_per_query", "train_seconds")}
+    rows = [{k: v for k, v in r.items() if k not in ("ms_per_query", "train_seconds", "made_with")}
             for r in json.loads((folder / "results.json").read_text())]
     return log, rows, (folder / "predictions.jsonl").read_text()
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_processes_take_the_steps_of_one(command, tmp_path, name):
-    """The gradient is the whole batch's, whatever the shares: losses, adapter and scores agree up to fp32 rounding."""
+    """The gradient is the whole step's, whoever has which batches: losses, adapter and scores agree up to fp32 rounding."""
     words = [*TRAIN, *VARIANTS[name], "--out"]
     for n in 1, 2:
         status, errors = command("train.py", [*words, tmp_path / str(n)], processes=n)
@@ -57,27 +57,18 @@ def test_the_answers_of_several_processes_are_those_of_one_in_its_order(command,
         status, errors = command("eval.py", [*words, tmp_path / str(processes)], processes=processes)
         assert status in (0, [0] * n), errors
     assert (tmp_path / "1/predictions.jsonl").read_bytes() == (tmp_path / str(n) / "predictions.jsonl").read_bytes()
-    answered = [q for p in (tmp_path / str(n) / "answers").glob("toy_test*") for x in p.read_text().splitlines()
-                for q in json.loads(x)["queries"]]
-    assert sorted(answered) == list(range(13))                            # nothing twice, nothing lost
+    assert len((tmp_path / "1/predictions.jsonl").read_text().splitlines()) == 13
 
 
 def test_what_two_processes_began_one_finishes_and_the_other_way_round(command, tmp_path):
     words = [*TRAIN, "--shots", "1", "--compare", "--out"]
     assert command("train.py", [*words, tmp_path / "whole"])[0] == 0
     for first, then in ((2, 1), (1, 2)):
-        statuses, errors = command("train.py", [*words, tmp_path / str(first)], 0.0, rows=5, processes=first)
+        statuses, errors = command("train.py", [*words, tmp_path / str(first)], 0.0, rows=7, processes=first)
         assert -9 in (statuses if first > 1 else [statuses]), errors
         statuses, errors = command("train.py", [*words[:-1], "--resume", "--out", tmp_path / str(first)], processes=then)
         assert statuses in (0, [0, 0]), errors
         assert read(tmp_path / str(first))[1:] == read(tmp_path / "whole")[1:]
-
-
-def test_a_signal_to_one_process_stops_all_after_the_same_step(command, tmp_path):
-    words = [*TRAIN, "--shots", "1", "--compare", "--out", tmp_path / "run"]
-    statuses, errors = command("train.py", words, 0.0, rows=3, processes=2, victim=1, signal=15)
-    assert statuses == [130, 130] and errors.rstrip().endswith("--resume"), errors
-    assert "interrupted; this goes on:\n    torchrun --nproc-per-node 2 -- train.py " in errors
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -89,9 +80,10 @@ def test_a_process_that_dies_ends_the_others_with_a_line(command, tmp_path, vict
     assert line.startswith("torchrun: expected 2 processes at work, found that one has ended") and line.count("\n") == 1, errors
 
 
-def test_torchrun_itself_with_the_commands_of_the_readme(tmp_path):
+def test_torchrun_itself_with_the_commands_of_the_documents(tmp_path):
     (tmp_path / "checkpoints").symlink_to(REPOSITORY / "checkpoints")
-    lines = re.findall(r"^    torchrun (--nproc-per-node 2 --) (\w+\.py) (.*)$", (REPOSITORY / "README.md").read_text(), re.M)
+    pages = "".join(p.read_text() for p in (REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/*.md"))))
+    lines = re.findall(r"^    torchrun (--nproc-per-node 2 --) (\w+\.py) (.*)$", pages, re.M)
     assert [script for _, script, _ in lines] == ["train.py", "eval.py"]
     for n, script, words in lines:
         small = ["--limit", "5"] + (["--samples", "6", "--epochs", "1", "--compare"] if script == "train.py" else [])
@@ -99,9 +91,5 @@ def test_torchrun_itself_with_the_commands_of_the_readme(tmp_path):
                                 *words.split(), *small], cwd=tmp_path, capture_output=True, text=True)
         assert found.returncode == 0, found.stderr
         assert found.stdout.count("toy: VQA accuracy") == 1                   # one process speaks
-    assert [r["n"] for r in json.loads((tmp_path / "runs/two/results.json").read_text())] == [5]
-
-
-def test_a_layer_wise_fit_needs_one_process(command, tmp_path):
-    statuses, errors = command("train.py", [*SMALL, "--fit", "layerwise", "--out", tmp_path / "run"], processes=2)
-    assert statuses == [2, 2] and "a layer-wise fit: expected one process, found 2" in errors
+    found, = tmp_path.glob("runs/*/results.json")
+    assert [r["n"] for r in json.loads(found.read_text())] == [5]

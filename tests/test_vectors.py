@@ -1,9 +1,9 @@
 """Methods without training: RICES, task vector, function vector, judged by loops and by the model's own full passes."""
 
-import functools
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +12,17 @@ import torch
 from conftest import save_model, small, with_pictures
 from torch.testing import assert_close
 
+import baselines
 import eval as evaluation
+import models
 import train
 from baselines import function_vector as fv
 from baselines import rices
 from baselines import task_vector as tv
-from data import TEMPLATES, Sample, pick_icds, train_dev
+from data import TEMPLATES, Sample, encode_images, pick_icds, prompts, train_dev
 from mimic import Recorder
-from model import InputError, Shifts
+from model import Shifts
+from support.files import InputError
 
 TEMPLATE, MODEL = TEMPLATES["toy"], str(Path(__file__).resolve().parents[1] / "checkpoints/tiny")
 VECTOR = torch.randn(128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -29,21 +32,25 @@ class Toy:
     """The trained toy model in fp64, samples and their image features."""
 
     def __init__(self):
-        self.model, self.processor = evaluation.load_model(MODEL, "cpu", "float64")
+        self.model, self.processor = models.load_model(MODEL, "cpu", "float64")
         (self.pool, self.dev), self.features = train_dev("toy", None, 60, 10, 0), {}
-        evaluation.encode_images(self.model, self.processor, self.pool + self.dev, self.features)
+        encode_images(self.model, self.processor, self.pool + self.dev, self.features)
 
-    def inputs(self, queries, icds):
-        """input_ids, attention_mask, image_features; icds: a list a query, or the number of them (one number for all)."""
+    def rows(self, queries, icds):
+        """Rows; icds: a list a query, or the number of them (one number for all)."""
         if isinstance(icds, int):
             icds = [pick_icds(self.pool, q, icds, f"{q.id}") for q in queries]
-        return tv.inputs(self.model, self.processor, TEMPLATE, self.features, queries, icds)
+        return prompts(queries, icds, self.processor, TEMPLATE)
 
-    def vectors(self, samples, path):
-        """RICES' image vectors, with a cache at `path`."""
-        one = functools.partial(rices.image_vector, self.model)
-        return rices.image_vectors(self.model, samples, lambda missing, found: evaluation.encode_images(
-            self.model, self.processor, missing, found, None, one), path)
+    def inputs(self, queries, icds):
+        """input_ids, attention_mask and image_features, by name."""
+        return self.rows(queries, icds).inputs(self.model, self.features)
+
+    def prepare(self, kind, pool, shots, seed, dev_score, batch_size=16):
+        """The vector of the pool's task."""
+        icds, vector = kind.prepare(self.model, self.processor, TEMPLATE, pool, [pool[0]] * 3, shots, seed, batch_size, dev_score)
+        assert icds == [[], [], []]
+        return vector
 
 
 @pytest.fixture(scope="module")
@@ -63,63 +70,57 @@ def test_an_image_vector_is_the_mean_of_its_valid_patches_with_length_1_whatever
         assert_close(found[0], torch.tensor(mean) / length, rtol=1e-4, atol=1e-6)
 
 
-def test_rices_picks_what_a_loop_over_cosines_ranks_first_and_never_the_query(toy, tmp_path):
-    vectors = toy.vectors(toy.pool + toy.dev, tmp_path / "rices.safetensors")
-    last, first = rices.Nearest(toy.pool, vectors), rices.Nearest(toy.pool, vectors, "first")
-    for query in toy.dev + toy.pool[:10]:
+def test_rices_picks_what_a_loop_over_cosines_ranks_first_and_never_the_query(toy):
+    queries = toy.dev + toy.pool[:10]
+    last, first = (kind.prepare(toy.model, toy.processor, TEMPLATE, toy.pool, queries, 5, 0, 16, None)[0]
+                   for kind in (rices.Nearest, rices.NearestFirst))
+    vectors = encode_images(toy.model, toy.processor, queries + toy.pool, {}, None, partial(rices.image_vector, toy.model))
+    for query, found, other in zip(queries, first, last, strict=True):
         z, images = vectors[query.image_id].numpy(), np.stack([vectors[s.image_id].numpy() for s in toy.pool])
         cosine = images @ z / np.linalg.norm(images, axis=1) / np.linalg.norm(z)
         expected = [toy.pool[i] for i in np.argsort(-cosine) if toy.pool[i].id != query.id][:5]
-        assert first(toy.pool, query, 5) == expected and last(toy.pool, query, 5) == expected[::-1] and query not in expected
-    with pytest.raises(InputError, match="at least 60 training samples beside the query, found 59"):
-        last(toy.pool, toy.pool[0], 60)
+        assert found == expected and other == expected[::-1] and query not in expected
+    with pytest.raises(InputError, match="expected 60 training samples beside the query, found 59"):
+        rices.nearest(toy.pool, toy.pool[:1], 60, vectors)
 
 
 def test_two_questions_about_one_picture_stand_as_in_the_pool_and_one_may_be_shown_for_the_other():
     pool = [Sample(image, None, "?", [], id=10 * image + n) for n in range(2) for image in range(30)]
     vectors = dict(enumerate(torch.nn.functional.normalize(torch.randn(30, 96, generator=torch.Generator().manual_seed(0)))))
-    found = rices.Nearest(pool, vectors, "first")(pool, pool[7], 59)
+    found, = rices.nearest(pool, [pool[7]], 59, vectors)
     assert found[0].id == 71 and all(a.id + 1 == b.id for a, b in zip(found[1::2], found[2::2], strict=True))
-
-
-def test_an_image_is_encoded_once_and_again_for_another_vision_tower(toy, tmp_path, monkeypatch):
-    calls, whole = [], evaluation.encode_images
-    monkeypatch.setattr(evaluation, "encode_images", lambda *a: calls.append(len(a[2])) or whole(*a))
-    first, _, again = (toy.vectors(toy.pool[:n], tmp_path / "rices.safetensors") for n in (4, 6, 6))
-    assert calls == [4, 2] and all(torch.equal(first[i], again[i]) for i in first)
-    monkeypatch.setattr(toy.model.model["vision_model"].post_layernorm.weight, "data", torch.ones(96, dtype=torch.float64))
-    other = toy.vectors(toy.pool[:4], tmp_path / "rices.safetensors")
-    assert calls == [4, 2, 4] and not any(torch.equal(first[i], other[i]) for i in first)
 
 
 # ---- Task vector ---------------------------------------------------------------------------------------------------
 def test_the_last_layers_own_state_in_its_place_gives_the_prompts_own_logits_whatever_the_query(toy):
     recorder = Recorder(last=1)
-    own = toy.model(*toy.inputs(toy.dev[:1], 3), recorder)[:, -1]
+    own = toy.model(**toy.inputs(toy.dev[:1], 3), shifts=recorder)[:, -1]
     last = tv.TaskVector(recorder.layer[-1][0, 0], len(recorder.layer) - 1)
     for prompt in toy.inputs(toy.dev[:1], 3), toy.inputs(toy.dev[1:2], 0):
-        assert_close(toy.model(*prompt, last)[:, -1], own)
+        assert_close(toy.model(**prompt, shifts=last)[:, -1], own)
 
 
 def test_theta_is_the_mean_over_dummy_queries_one_at_a_time(toy):
     total = [0.0] * 6
     for query in toy.dev[:5]:
-        toy.model(*toy.inputs([query], 3), recorder := Recorder())
+        recorder = Recorder()
+        toy.model(**toy.inputs([query], 3), shifts=recorder)
         total = [t + state[0, -1] for t, state in zip(total, recorder.layer, strict=True)]
-    found = tv.mean_states(toy.model, [toy.inputs(toy.dev[:2], 3), toy.inputs(toy.dev[2:5], 3)])
+    found = tv.mean_states(toy.model, toy.features, [toy.rows(toy.dev[:2], 3), toy.rows(toy.dev[2:5], 3)])
     assert_close(found, torch.stack(total).float() / 5, rtol=1e-5, atol=1e-6)
 
 
-def test_the_task_vector_of_one_question_word_answers_it_without_a_demonstration(toy):
+def test_the_task_vector_of_one_question_word_answers_it_without_a_demonstration(toy, capsys):
     asked = [s for s in train_dev("toy", None, 300, 0, 0)[0] if s.question == "dax?"]
-    evaluation.encode_images(toy.model, toy.processor, asked, toy.features)
 
     def right(shifts):
-        said, _ = evaluation.answer(toy.model, toy.processor, "toy", asked[40:60], shifts=shifts, num_beams=1)
+        said = evaluation.answer(toy.model, toy.processor, "toy", asked[40:60], [[]] * 20, shifts, num_beams=1)
         return evaluation.score("toy", asked[40:60], said)[0]
 
-    vector, about = tv.make(toy.model, toy.processor, TEMPLATE, toy.features, asked[:40], 8, 0, right)
-    assert right(None) == 0 and right(vector) == max(about["dev_scores"]) == 100 and len(about["dev_scores"]) == 6
+    vector = toy.prepare(tv.TaskVector, asked[:40], 8, 0, right)
+    assert right(None) == 0 and right(vector) == 100
+    line = capsys.readouterr().out
+    assert line.startswith(f"task-vector: after layer {vector.layer} (the first is 0); dev score by layer: ") and "100.0" in line
 
 
 class At(Shifts):
@@ -139,7 +140,7 @@ class At(Shifts):
 @pytest.mark.parametrize("layer", [1, 5])
 def test_cached_decoding_patches_what_a_full_pass_does(toy, kind, layer, monkeypatch):
     """The task vector patches the prompt's last column alone, the function vector all that follow too."""
-    prompt, mask, images = toy.inputs(toy.dev[:3], 0)
+    prompt, mask, images = toy.inputs(toy.dev[:3], 0).values()
     T, ids = prompt.shape[1], prompt
     judge = At(layer, slice(T - 1, T), False) if kind is tv.TaskVector else At(layer, slice(T - 1, None), True)
     for _ in range(4):
@@ -153,10 +154,10 @@ def test_cached_decoding_patches_what_a_full_pass_does(toy, kind, layer, monkeyp
 @pytest.mark.parametrize("kind", [tv.TaskVector, fv.FunctionVector])
 def test_padding_another_row_changes_nothing(toy, kind):
     shifts, alone, padded = kind(VECTOR, 2), toy.inputs(toy.dev[:1], 0), toy.inputs(toy.dev[:2], [[], toy.pool[:3]])
-    assert padded[1][0].sum() < padded[1].shape[1]
-    assert_close(toy.model(*padded, shifts)[0, -1], toy.model(*alone, shifts)[0, -1])
+    assert not padded["attention_mask"][0].all()
+    assert_close(toy.model(**padded, shifts=shifts)[0, -1], toy.model(**alone, shifts=shifts)[0, -1])
     for beams in (1, 3):
-        found, expected = (toy.model.generate(*x, 4, beams, 0.0, shifts)[0].tolist() for x in (padded, alone))
+        found, expected = (toy.model.generate(*x.values(), 4, beams, 0.0, shifts)[0].tolist() for x in (padded, alone))
         assert found[:len(expected)] == expected and not any(found[len(expected):])
 
 
@@ -175,10 +176,9 @@ class OnePatch(Shifts):
 
 
 def test_a_head_patched_with_its_own_output_changes_nothing(toy):
-    prompt, padded, reader = toy.inputs(toy.dev[:1], 3), toy.inputs(toy.dev[1::-1], [toy.pool[:5], toy.pool[:1]]), fv.HeadReader()
-    fv.last_logits(toy.model, *prompt[:2], fv.prefill(toy.model, *prompt), reader)
+    prompt, reader = toy.inputs(toy.dev[:1], 3), fv.HeadReader()
+    toy.model(**prompt, shifts=reader)
     assert fv.indirect_effects(toy.model, prompt, 40, torch.stack(reader.outputs)[:, 0]).abs().max() < 1e-6
-    assert_close(fv.last_logits(toy.model, *padded[:2], fv.prefill(toy.model, *padded)), toy.model(*padded)[:, -1].float())
 
 
 @pytest.fixture(params=["trained toy", "random idefics2", "random idefics1"])
@@ -188,22 +188,22 @@ def prompted(request, toy, tmp_path):
     if which == "toy":
         return toy.model, toy.inputs(toy.dev[:1], 3), 6, 8
     folder = save_model(tmp_path, small(which, 100))
-    model = evaluation.classes_of(folder)[0].from_pretrained(folder, torch.float64)
+    model = models.of(folder)[0].from_pretrained(folder, torch.float64)
     ids, features = with_pictures(model, torch.tensor([[1, 5, 6, 7, 8, 9, 10]]), at=(2, 4))
-    return model, (ids, torch.ones_like(ids), features), 3, 4
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_features": features}, 3, 4
 
 
 def test_indirect_effects_of_the_batched_heads_equal_patching_one_head_at_a_time(prompted):
     model, prompt, L, H = prompted
     values = torch.randn(L, H, 16, generator=torch.Generator().manual_seed(0))
-    base = model(*prompt)[0, -1].softmax(-1)
+    base = model(**prompt)[0, -1].softmax(-1)
     gold = int(base.argmax())
-    patched = [[model(*prompt, OnePatch(layer, head, values[layer, head])) for head in range(H)] for layer in range(L)]
+    patched = [[model(**prompt, shifts=OnePatch(layer, head, values[layer, head])) for head in range(H)] for layer in range(L)]
     expected = torch.stack([torch.stack([x[0, -1].softmax(-1)[gold] for x in row]) for row in patched]) - base[gold]
     found = fv.indirect_effects(model, prompt, gold, values)
     assert_close(found, expected.float(), rtol=1e-4, atol=1e-6)
     assert expected.abs().max() > 0.001
-    assert_close(model(*prompt, fv.HeadPatch([(2, 3)], values)), patched[2][3])         # at the last token alone
+    assert_close(model(**prompt, shifts=fv.HeadPatch([(2, 3)], values)), patched[2][3])         # at the last token alone
 
 
 def test_the_vector_is_o_proj_of_the_concatenated_heads_with_all_others_zero(toy):
@@ -211,17 +211,18 @@ def test_the_vector_is_o_proj_of_the_concatenated_heads_with_all_others_zero(toy
     for i, layer in enumerate(toy.model.model["text_model"].layers):
         masked = torch.cat([values[i, h] if (i, h) in heads else torch.zeros(16) for h in range(8)])
         expected = expected + layer.self_attn.o_proj(masked.double())
-    assert_close(fv.function_vector(toy.model, heads, values), expected.float())
+    assert_close(fv.sum_of_heads(toy.model, heads, values), expected.float())
 
 
-def test_make_reads_right_prompts_only_and_takes_the_heads_of_largest_mean_effect(toy, monkeypatch):
+def test_it_reads_right_prompts_only_and_takes_the_heads_of_largest_mean_effect(toy, monkeypatch, capsys):
     """The whole recipe again, a prompt at a time."""
     for name, value in {"PROMPTS": 6, "SHUFFLED": 2, "HEADS": 3}.items():
         monkeypatch.setattr(fv, name, value)
     right, total, effects = [], 0, torch.zeros(6, 8)
     for q in random.Random("0-clean").sample(toy.pool, len(toy.pool)):
         icds = pick_icds(toy.pool, q, 8, f"0-clean-{q.id}")
-        word = toy.processor.decode([toy.model(*toy.inputs([q], [icds]), reader := fv.HeadReader())[0, -1].argmax()])
+        reader = fv.HeadReader()
+        word = toy.processor.decode([toy.model(**toy.inputs([q], [icds]), shifts=reader)[0, -1].argmax()])
         if len(right) < 6 and word == q.target.split()[0]:
             right, total = [*right, q], total + torch.stack(reader.outputs)[:, 0]
     for q in right[:2]:
@@ -231,16 +232,18 @@ def test_make_reads_right_prompts_only_and_takes_the_heads_of_largest_mean_effec
         effects += fv.indirect_effects(toy.model, toy.inputs([q], [icds]), toy.processor.encode(q.target)[1], total / 6) / 2
     heads = sorted(((i, h) for i in range(6) for h in range(8)), key=lambda head: -effects[head].item())[:3]
     scores = iter([1.0, 3.0, 2.0, 3.0, 0.0, 0.0])
-    found, about = fv.make(toy.model, toy.processor, TEMPLATE, toy.features, toy.pool, 8, 0, lambda shifts: next(scores), 5)
-    assert [tuple(h[:2]) for h in json.loads(about["heads"])] == heads and about["prompts"] == 6
-    assert_close(found.vector, fv.function_vector(toy.model, heads, total / 6), rtol=1e-4, atol=1e-5)
-    assert found.layer == 1 and about["dev_scores"] == [1.0, 3.0, 2.0, 3.0, 0.0, 0.0]             # of equals the lower layer
+    found = toy.prepare(fv.FunctionVector, toy.pool, 8, 0, lambda shifts: next(scores), 5)
+    assert_close(found.vector.data, fv.sum_of_heads(toy.model, heads, total / 6), rtol=1e-4, atol=1e-5)
+    assert found.layer == 1                                                          # of equals the lower layer
+    said = capsys.readouterr().out
+    assert said.startswith("function-vector: 6 prompts answered right; ") and said.endswith("layer: 1.0 3.0 2.0 3.0 0.0 0.0\n")
+    assert [f" {layer}.{head} " in said for layer, head in heads] == [True] * 3
 
 
 # ---- The commands --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("words, method, shots", [
-    (["rices"], "rices", 8), (["rices", "--order", "first", "--shots", "2"], "rices-first", 2),
-    (["task-vector"], "task-vector", 0), (["function-vector", "--samples", "9"], "function-vector", 0),
+    (["rices"], "rices", 8), (["rices-first", "--shots", "2"], "rices-first", 2),
+    (["task-vector"], "task-vector", 0), (["function-vector", "--shots", "3"], "function-vector", 0),
     (["function-vector", "--official"], "function-vector", 0)])
 def test_each_method_runs_through_eval(words, method, shots, tmp_path):
     row = evaluation.main(["--model", MODEL, "--samples", "30", "--limit", "4", "--dev-samples", "4", "--num-beams", "1", "--out",
@@ -249,25 +252,23 @@ def test_each_method_runs_through_eval(words, method, shots, tmp_path):
     assert (row["method"], row["shots"], row["n"], row["parameters"]) == (method, shots, 4, 128 * made)
     assert (row["train_seconds"] > 0) == made and json.loads((tmp_path / "results.json").read_text()) == [row]
     if made:
-        vector, layer = tv.load_vector(tmp_path / f"{method}.safetensors", method)
-        assert vector.shape == (128,) and 0 <= layer < 6
+        found = baselines.untrained()[method].load(tmp_path / f"{method}.safetensors")
+        assert found.vector.shape == (128,) and 0 <= found.layer < 6
 
 
 def test_demonstrations_are_restored_beside_a_trained_adapter(tmp_path):
     train.main(["--model", MODEL, "--samples", "8", "--dev-samples", "2", "--epochs", "1", "--limit", "2", "--shots", "2",
                 "--compare", "2", "--out", str(tmp_path)])
-    rows = [evaluation.main(["--run", str(tmp_path), "--limit", "2", "--restore-shots", k]) for k in "02"]
+    rows = [evaluation.main(["--run", str(tmp_path), "--limit", "2", "--shots", k]) for k in "02"]
     icl, *_ = all_rows = json.loads((tmp_path / "results.json").read_text())
     assert [(r["method"], r["shots"]) for r in all_rows] == [("icl", 2), ("mimic", 0), ("mimic", 2)]
     assert rows[1]["prompt_tokens"] == icl["prompt_tokens"] and rows[1]["train_seconds"] == rows[0]["train_seconds"] > 0
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--restore-shots", "2"], "--restore-shots 2: expected --run beside it"),
-    (["--order", "first"], "--order first: expected --method rices, found zero-shot"),
-    (["--method", "rices", "--shots", "0"], "expected --shots of at least 1, found 0"),
-    (["--method", "function-vector", "--samples", "2"], "at least 2 training samples beside the query"),
-    (["--method", "task-vector", "--dev-samples", "0"], "expected dev samples")])
+    (["--method", "rices", "--shots", "0"], "--shots: expected at least 1 for rices, found 0"),
+    (["--method", "function-vector", "--samples", "9"], "at least 10 training samples beside the query"),
+    (["--method", "task-vector", "--dev-samples", "0"], "--dev-samples: expected ")])
 def test_a_mistake_is_named_before_the_long_work(words, message, tmp_path):
     with pytest.raises(InputError, match=message):
         evaluation.main(["--model", MODEL, *words, "--limit", "2", "--out", str(tmp_path)])

@@ -1,0 +1,340 @@
+"""Pictures of what demonstrations do inside the attention, and of what a trained MimIC makes of it.
+
+    python -m experiments.explain                # of the toy runs, which are made first if they are not there
+    python -m experiments.explain --out docs     # those of the README and the lesson
+    python -m experiments.explain --run runs/okvqa --beside runs/okvqa-live --queries 16 --only distance loss
+
+grid            questions with the answers of the methods
+mu              the true μ and MimIC's μ̃, layer by head, and μ̃ at every token of one query
+approximation   does the paper's hold? f(q) against the true log Z1, μ̃·v against the true shift, head by head
+distance        how far the states of every layer are from those with demonstrations
+loss            the losses of the training, and the dev score
+cost            accuracy against shots, and against milliseconds a query (runs with --compare, as the toy's)
+
+True is what the identity says (mimic.py), at the teacher's own queries: Z1 over its demonstrations' keys, the
+shift μ·(SA(q,K_D,V_D) − SA(q,K,V)); the mean over several draws of demonstrations, for nothing that is added
+whatever they are can do better. Needs matplotlib. The numbers behind the pictures are printed.
+"""
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import baselines
+import eval as evaluation
+import models
+import train
+from data import DATASETS, ICD, INSTRUCTION, QUERY, collate, draw, encode_images, load, train_dev
+from experiments import layerwise
+from mimic import Recorder, mixing_weight
+from model import KVCache, attention, causal_mask
+from support.files import InputError, chunks, make_folder, run_command
+from support.kernels import keep_freed
+from support.options import Parser, number, read_run
+from support.results import read_predictions, read_rows
+
+RUNS = {"runs/toy": ["train.py"], "runs/toy-live": ["train.py", "--method", "live", "--compare"],
+        "runs/toy-layerwise": ["-m experiments.layerwise"]}            # how each is made
+NAMES = {"runs/toy-live": "LIVE", "runs/toy-layerwise": "MimIC, fitted"}
+FIGURES = ("grid", "mu", "approximation", "distance", "loss", "cost")
+
+
+# ---- What happens inside
+class Inside(Recorder):
+    """A Recorder that also keeps q, k and lse of every layer's attention."""
+    reads_attention = True
+
+    def after_attention(self, layer, q, k, out, lse):
+        self.seen.append((q, k, lse))
+        return super().after_attention(layer, q, k, out, lse)
+
+
+@torch.no_grad()
+def inside(model, rows, features, shifts=None):
+    """One pass over the rows → Inside, and the values v (B,Hkv,T,D) of every layer."""
+    watch = Inside(shifts)
+    watch.seen = []
+    cache = KVCache(model.config.text.num_hidden_layers, rows.input_ids.shape[1])
+    model.hidden_states(**rows.inputs(model, features), shifts=watch, cache=cache)
+    return watch, cache.v
+
+
+def demonstrations(batch):
+    """(B,T) bool: what the student's prompt lacks of the teacher's; of --official the instruction, too."""
+    lacks = ~(batch.student.part == INSTRUCTION).any()
+    return (batch.teacher.part == ICD) | (batch.teacher.part == INSTRUCTION) & lacks
+
+
+def kept(batch, x):
+    """x (B,H,T,…) at the N tokens of queries and answers: (N,H,…), fp32 on the CPU."""
+    return x[:, :, -batch.T_q:].transpose(1, 2)[batch.align.to(x.device)].float().cpu()
+
+
+def behind_o(model, layer, x):
+    """What the heads' outputs (N,H,D) are behind W_o: (N,d)."""
+    return x.flatten(1) @ model.text_model.layers[layer].self_attn.o_proj.weight.float().cpu().T
+
+
+@torch.no_grad()
+def truth(model, batch, features):
+    """What the demonstrations do → a dict a layer: true_log_z1, true_mu (N,H), true_shift (N,H,D) = μ·(SA_D −
+    SA), and behind W_o, all heads together, true_added (N,d), and true_power (N), its square."""
+    watch, values = inside(model, batch.teacher, features)
+    mask = causal_mask(batch.teacher.attention_mask, batch.T_q, model.config.text.sliding_window)
+    shown = demonstrations(batch)[:, None, None]
+    layers = []
+    for layer, ((q, k, _), v) in enumerate(zip(watch.seen, values, strict=True)):
+        q = q[:, :, -batch.T_q:]
+        SA_D, log_z1 = attention(q, k, v, (mask & shown).to(q.device))
+        SA, log_z2 = attention(q, k, v, (mask & ~shown).to(q.device))
+        mu = kept(batch, mixing_weight(log_z1, log_z2))
+        shift = mu.unsqueeze(-1) * kept(batch, SA_D - SA)
+        added = behind_o(model, layer, shift)
+        layers.append({"true_log_z1": kept(batch, log_z1), "true_mu": mu, "true_shift": shift,
+                       "true_added": added, "true_power": added.pow(2).sum(-1)})
+    return layers
+
+
+@torch.no_grad()
+def learnt(model, mimic, batch, features):
+    """What MimIC does in their place → a dict a layer: q (N,H,D), f, mu (N,H), and added (N,d) behind W_o."""
+    layers = []
+    for layer, (q, k, lse) in enumerate(inside(model, batch.student, features, mimic)[0].seen):
+        mu = kept(batch, mimic.mu(layer, q, k, lse))
+        added = behind_o(model, layer, mu.unsqueeze(-1) * mimic.vector[layer].float().cpu())
+        layers.append({"q": kept(batch, q), "f": kept(batch, mimic.f(layer, q)), "mu": mu, "added": added})
+    return layers
+
+
+def together(reduce, found):
+    """Lists of a dict a layer → one such list, every tensor of it `reduce` of the list of theirs."""
+    layers = zip(*found, strict=True)
+    return [{name: reduce([x[name] for x in layer]) for name in layer[0]} for layer in layers]
+
+
+def mean(tensors):
+    return torch.stack(tensors).mean(0)
+
+
+def look(model, mimic, batches, features):
+    """→ a dict a layer, of all tokens: what MimIC does, and the mean of what demonstrations do."""
+    found = []
+    for draws in tqdm(batches, desc="look inside", unit="batch"):
+        true = together(mean, [truth(model, batch, features) for batch in draws])
+        own = learnt(model, mimic, draws[0], features)
+        found.append([a | b for a, b in zip(true, own, strict=True)])
+    return together(torch.cat, found)
+
+
+def common(x, n):
+    """Share of what demonstrations add to a layer (squares, behind W_o) that does not depend on which they
+    are: ‖mean‖² of n ≥ 2 draws, less what these leave of the variance, over the mean of ‖·‖² → scalar."""
+    same = x["true_added"].pow(2).sum()
+    power = x["true_power"].sum()
+    return (same - (power - same) / (n - 1)) / power
+
+
+def explained(found, true):
+    """1 − Σ‖found − true‖² / Σ‖true‖² of every head: (N,H) or (N,H,D) → (H)."""
+    def squares(x):
+        return x.transpose(0, 1).flatten(1).pow(2).sum(1)
+    return 1 - squares(found - true) / squares(true)
+
+
+def approximation(layers, vector):
+    """How good f and v are, and how good they could be → {name: (L,H)}. Half the tokens fit, half judge.
+
+    R² of f: of log Z1's variance. Shares of the shift: of the squares of μ·(SA_D − SA), by a constant vector,
+    by the true μ times the best v of the head, and by the trained μ̃·v; cosine: of the trained v with that
+    best v. Last, (L,1): of what a layer's heads add behind W_o, by a constant and by the trained ones."""
+    found = []
+    for x, v in zip(layers, vector, strict=True):
+        half = len(x["f"]) // 2
+        first = {name: y[:half] for name, y in x.items()}
+        x = {name: y[half:] for name, y in x.items()}
+        centre = x["true_log_z1"].mean(0)
+        log_z1 = x["true_log_z1"] - centre
+        fitted = layerwise.start_f(first["q"].transpose(0, 1).contiguous(), first["true_log_z1"])
+        best_f = layerwise.f_of(*fitted, x["q"].transpose(0, 1))
+        mu = first["true_mu"].unsqueeze(-1)
+        best_v = (mu * first["true_shift"]).sum(0) / mu.pow(2).sum(0)                                # (H,D)
+        shift = x["true_shift"]
+        added = x["true_added"][:, None]
+        share = {
+            "R², best linear f": explained(best_f - centre, log_z1),
+            "R², trained f": explained(x["f"] - centre, log_z1),
+            "correlation, trained f": torch.cosine_similarity(x["f"] - x["f"].mean(0), log_z1, 0),
+            "share, constant shift": explained(first["true_shift"].mean(0).expand_as(shift), shift),
+            "share, true μ and best v": explained(x["true_mu"].unsqueeze(-1) * best_v, shift),
+            "share, trained μ̃·v": explained(x["mu"].unsqueeze(-1) * v, shift),
+            "cosine, trained v and best v": torch.cosine_similarity(v, best_v, -1),
+            "share of a layer, constant": explained(first["true_added"].mean(0).expand_as(added), added),
+            "share of a layer, trained": explained(x["added"][:, None], added)}
+        found.append(share)
+    return {name: torch.stack([x[name] for x in found]).numpy() for name in found[0]}
+
+
+@torch.no_grad()
+def distances(model, adapters, batches, features):
+    """Mean distance of a token's state from the teacher's → {name: (L)}.  adapters {name: Shifts}."""
+    sums = dict.fromkeys(adapters, 0)
+    for batch in batches:
+        def states(model, rows, shifts=None, batch=batch):
+            layers = inside(model, rows, features, shifts)[0].layer
+            return torch.stack([kept(batch, x[:, None])[:, 0] for x in layers])          # (L,N,d)
+
+        teacher = states(model, batch.teacher)
+        for name, shifts in adapters.items():
+            student = states(shifts.student(model) if shifts else model, batch.student, shifts)
+            sums[name] += (student - teacher).norm(dim=-1).sum(1).numpy()
+    n = sum(int(batch.align.sum()) for batch in batches)
+    return {name: total / n for name, total in sums.items()}
+
+
+# ---- From the runs
+def open_run(folder):
+    """→ the arguments of a run, after one of RUNS has been made if need be. Raises InputError."""
+    if folder in RUNS and not (Path(folder) / "args.json").exists():
+        program, *words = RUNS[folder]
+        print(f"{folder}: not there yet, python {' '.join(RUNS[folder])}")
+        (train if program == "train.py" else layerwise).main(["--out", folder, *words])
+    run, _ = evaluation.parse(["--run", folder])
+    run.shots = read_run(folder, baselines.adapters()).get("shots") or 8
+    return run
+
+
+def open_adapters(folders, only, model):
+    """→ the adapters of the runs {name: Shifts}. Raises InputError for one that distances cannot show."""
+    found = {"zero-shot": None}
+    for folder, name in folders.items():
+        method = open_run(folder).method
+        found[name] = baselines.load_adapter(Path(folder) / f"{method}.safetensors", method, model)
+        if "distance" in only and (method in ("stave", "prompt-tuning") or found[name].changes_vision):
+            raise InputError(f"--beside {folder}: expected, for distance, a method that leaves prompt and "
+                             f"image features as they are, found {method}")
+    return found
+
+
+def grid_items(predictions, shots, samples, n):
+    """The first n samples that zero-shot gets wrong, with what each method said."""
+    names = {"zero-shot": ("zero-shot", 0), f"{shots}-shot": ("icl", shots), "MimIC": ("mimic", 0)}
+    said = {s.id: {} for s in samples}
+    for p in predictions:
+        said.get(p["id"], {})[p["method"], p["shots"]] = p
+    by_name = [{name: said[s.id][key] for name, key in names.items() if key in said[s.id]} for s in samples]
+    return [(s, by) for s, by in zip(samples, by_name, strict=True)
+            if by and by.get("zero-shot", {}).get("score", 0) == 0][:n]
+
+
+def print_approximation(found, layers):
+    print(f"  {'over heads or layers':<28}{'median':>8}{'10%':>8}{'90%':>8}")
+    for name, values in found.items():
+        low, median, high = np.quantile(values, (0.1, 0.5, 0.9))
+        print(f"  {name:<28}{median:>8.2f}{low:>8.2f}{high:>8.2f}")
+    for name, key in ("true μ", "true_mu"), ("trained μ̃", "mu"):
+        mu = torch.stack([x[key] for x in layers])
+        low, high = (100 * x.float().mean() for x in (mu < 0.1, mu > 0.9))
+        print(f"  {name}: mean {mu.mean():.2f}, below 0.1 at {low:.0f} % of heads and tokens, above 0.9 at "
+              f"{high:.0f} %")
+
+
+def parse(argv):
+    parser = Parser(__doc__, "python -m experiments.explain")
+    add = parser.add_argument
+    add("--run", default="runs/toy", metavar="FOLDER", help="of train.py, method mimic (default %(default)s)")
+    add("--beside", nargs="*", metavar="FOLDER",
+        help="runs on the same data, for distance and loss (default on the toy: LIVE's and the fitted)")
+    add("--only", nargs="+", choices=FIGURES, default=FIGURES, help="(default: all)")
+    add("--queries", type=number(int, 2), default=100,
+        help="to look inside (default %(default)s); takes 4·L·H·(3D+4) bytes for every token of theirs")
+    add("--draws", type=number(int, 1), default=5, help="of demonstrations for a query (default %(default)s)")
+    add("--out", default="figures", metavar="FOLDER", help="gets FIGURE.png (default %(default)s)")
+    args = parser.parse(argv)
+    if not importlib.util.find_spec("matplotlib"):
+        raise InputError("experiments.explain: expected matplotlib (pip install matplotlib), found none")
+    if args.beside is None:
+        args.beside = list(NAMES) if args.run == "runs/toy" else []
+    return args
+
+
+def draw_batches(run, model, processor, samples, draws, features):
+    """→ for every ten queries a list of Batch, each with another draw of ICDs; fills the features."""
+    pool, _ = train_dev(run.dataset, run.data, run.samples, run.dev_samples, run.seed, run.task)
+    _, template = evaluation.sayer(run, model, processor)
+    found = []
+    for queries in chunks(samples, 10):
+        icds = [draw(pool, queries, run.shots, f"{run.seed}-{n}") for n in range(draws)]
+        found.append([collate(queries, shown, processor, template) for shown in icds])
+        for batch in found[-1]:
+            encode_images(model, processor, batch.teacher.samples, features)
+    return found
+
+
+def main(argv=None):
+    args = parse(argv)
+    from experiments import figures
+    out = Path(args.out)
+
+    # 1. The runs, their model, their adapters
+    run = open_run(args.run)
+    if run.method != "mimic":
+        raise InputError(f"--run {args.run}: expected a run of --method mimic, found {run.method}")
+    folders = {folder: NAMES.get(folder, Path(folder).name) for folder in args.beside} | {args.run: "MimIC"}
+    model, processor = models.load_model(run.model, run.device, run.dtype)
+    adapters = open_adapters(folders, args.only, model)
+    mimic = adapters["MimIC"]
+    task = DATASETS[run.dataset]
+    samples = load(run.dataset, run.data, task.eval_split, run.task)
+    make_folder(out)
+
+    # 2. What happens inside
+    look_inside = "mu" in args.only or "approximation" in args.only
+    features = {}
+    if look_inside or "distance" in args.only:
+        draws = args.draws if look_inside else 1
+        batches = draw_batches(run, model, processor, samples[:args.queries], draws, features)
+    if look_inside:
+        layers = look(model, mimic, batches, features)
+
+    # 3. Numbers and pictures
+    if "approximation" in args.only:
+        found = approximation(layers, mimic.vector.detach().float().cpu())
+        if args.draws > 1:
+            found["share common to all draws"] = np.array([common(x, args.draws).item() for x in layers])
+        print(f"{run.dataset}, {len(layers[0]['f']):,} tokens, mean of {args.draws} draws of demonstrations")
+        print_approximation(found, layers)
+        figures.drawn(out / "approximation.png", 8.2, figures.approximation, found)
+    if "mu" in args.only:
+        student = batches[0][0].student
+        ids = student.input_ids[0, student.part[0] >= QUERY].tolist()
+        words = [str(processor.tokenizer.id_to_token(i)).replace("\n", "\\n") for i in ids]
+        words = [word.replace("<fake_token_around_image>", "<fake>") for word in words]
+        figures.drawn(out / "mu.png", 6.4, figures.mu, layers, words, samples[0])
+    if "distance" in args.only:
+        found = distances(model, adapters, [draws[0] for draws in batches], features)
+        title = f"mean distance from the {run.shots}-shot states, after layer"
+        print(title + "".join(f"{i:>8}" for i in range(len(mimic.vector))))
+        for name, values in found.items():
+            print(f"  {name:<44}" + " ".join(f"{x:>7.2f}" for x in values))
+        figures.drawn(out / "distance.png", 3.2, figures.distance, found, run.shots)
+    if "loss" in args.only:
+        logs = {name: Path(folder) / "log.csv" for folder, name in ({args.run: "MimIC"} | folders).items()}
+        logs = {name: list(csv.DictReader(path.open())) for name, path in logs.items() if path.exists()}
+        figures.drawn(out / "loss.png", 4.6, figures.loss, logs)
+    rows = read_rows(Path(args.run) / "results.json")
+    if "cost" in args.only and len(rows) > 2 and any(r["method"] == "mimic" for r in rows):
+        figures.drawn(out / "cost.png", 5.6, figures.cost, rows, task.metric)
+    said = [p for p in read_predictions(Path(args.run) / "predictions.jsonl") if p["dataset"] == run.dataset]
+    items = grid_items(said, run.shots, samples, 5)
+    if "grid" in args.only and items:
+        figures.drawn(out / "grid.png", 1.25 * len(items), figures.grid, items)
+    print(f"{out}: " + ", ".join(args.only))
+
+
+if __name__ == "__main__":
+    keep_freed()
+    run_command(main)

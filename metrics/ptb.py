@@ -1,0 +1,259 @@
+"""Captions to tokens as pycocoevalcap's PTBTokenizer does, without Java. Read it only if you must.
+
+Stanford PTBTokenizer 3.4.1 -preserveLines -lowerCase, less punctuation, is a list of rules. At each position
+the rule that reaches furthest wins, what it looks ahead at included; of equals, the first. Case matters in
+[classes], as in the original, and not in (?i:...).
+"""
+
+import re
+from collections.abc import Callable
+
+SYMBOLS = [  # those that are tokens; the rest of Unicode's symbols, emoji too, separates words and vanishes
+    r"!#$%&+,.:;=?@\\^_|~/",
+    "\xa1\xa6-\xa9\xac\xae-\xb4\xb6-\xb9\xbf\xd7\xf7\u037e\u0387\u0589\u05be\u05c0\u05c3\u05c6\u05f3\u05f4",
+    "\u0600-\u0603\u0606-\u060a\u060c\u0614\u061b\u061e\u061f\u066a\u066d\u06d4\u0700-\u070d\u07f6-\u07f8",
+    "\u0964\u0965\u0e4f\u1fbd\u2016\u2017\u2020-\u2023\u2030-\u2038\u203b\u203e-\u2042\u2044\u2070",
+    "\u2074-\u207e\u2080-\u208e\u2100\u2101\u2103-\u2106\u2108\u2109\u2114\u2116-\u2118\u211e-\u2123\u2125",
+    "\u2127\u2129\u212e\u213a\u213b\u2140-\u2144\u214a-\u214d\u214f\u2190-\u2bff\u3001\u3002\u3012\u30fb",
+    "\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65",
+]
+MARKS = [  # signs that count as letters: the soft hyphen, modifiers, combining vowels
+    "\xad\u02c2-\u02c5\u02d2-\u02df\u02e5-\u02eb\u02ed\u02ef-\u036f\u0375\u0378\u0379\u0384\u0385\u03f6",
+    "\u0483-\u0487\u055a-\u055f\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0615-\u061a\u064b-\u065e",
+    "\u0670\u06d6-\u06e4\u06e7-\u06ed\u06fd\u06fe\u070f\u0711\u0730-\u074c\u07a6-\u07b0\u07eb-\u07f3",
+    "\u0900-\u0903\u093c\u093e-\u094e\u0951-\u0955\u0962\u0963\u0981-\u0983\u09bc\u09be-\u09c4\u09c7\u09c8",
+    "\u09cb-\u09cd\u09d7\u09e2\u09e3\u0a01-\u0a03\u0a3c\u0a3e-\u0a4f\u0a81-\u0a83\u0abc\u0abe-\u0acf\u0b82",
+    "\u0bbe-\u0bc2\u0bc6-\u0bc8\u0bca-\u0bcd\u0c01-\u0c03\u0c3e-\u0c56\u0d3e-\u0d44\u0d46-\u0d48\u0e31",
+    "\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ecd\u1885\u1886",
+]
+
+
+def either(lines: list[str]) -> str:
+    """A pattern for any of the words of these lines."""
+    return "|".join(" ".join(lines).split())
+
+
+DATES_FIRMS = [
+    "jan feb mar apr jun jul aug sept? oct nov dec mon tues? wed thu thurs fri ala ariz calif colo conn",
+    "ct dak fla ga ind kans? ky md mich minn mo mont neb nev okla penn tenn va vt wisc? wyo inc cos? corp",
+    r"pp?t[ye]s? ltd plc rt bancorp bldg bhd assn univ intl sys tel est ext sq jr sr bros (?:ed|ph)\.d",
+    "blvd rd esq etc al seq",
+]
+TITLES = [
+    "mrs? ms drs? profs? sens? reps? attys? lt col gen messrs govs? adm rev maj sgt cpl pvt capt ste? ave",
+    "pres lieut hon brig co?mdr pfc spc supts? det mt ft adj adv asst assoc ens insp mlle mme msgr sfc vs",
+    r"alex wm jos cie a\.k\.a cf treas ph invt elec natl m[ft]g dept",
+]
+BEFORE_NUMBERS = ["ca figs? prop nos? art bldg pp op"]
+CAPITALISED = ["A(?i:rk|z) D(?i:el) I(?i:ll) L(?i:a) M(?i:ass|iss) O(?i:re) P(?i:a) T(?i:ex) W(?i:ash)"]
+STARTERS = [
+    "A A(?i:bout|ccording|dditionally|fter|n|s|t) B(?i:ut) E(?i:arlier) H(?i:e|er|ere|owever) I(?i:f|n|t)",
+    r"L(?i:ast) M(?i:any|ore|r\.|s\.) N(?i:ow) O(?i:nce|ne|ther|ur) S(?i:he|ince|o|ome|uch)",
+    "T(?i:hat|he|heir|hen|here|hese|hey|his) W(?i:e|hat|hen|hile) Y(?i:et|ou)",
+]
+FILES = [
+    "bat bmp c cgi class cpp dll docx? exe gif gz html? h jar java jpe?g mov mp3 pdf php pl png ppt ps py",
+    "sql tar txt wav x xml zip",
+]
+
+
+def character_class(test: Callable[[str], bool]) -> str:
+    """The characters below U+10000 that pass `test`, as ranges. The original knows none above, and of the
+    letters those of Unicode 6.0; here the few hundred younger ones are letters as well."""
+    passed = "".join(chr(c) if test(chr(c)) else " " for c in range(0x10000))
+    return "[" + "".join(f"{run[0]}-{run[-1]}" for run in passed.split()) + "]"
+
+
+PARTS = {  # <NAME> in a pattern stands for the part NAME
+    "L": character_class(str.isalpha),
+    "D": character_class(str.isdecimal),
+    "CHAR": rf"(?:<L>|[{''.join(MARKS)}]|&[aeiouAEIOU](?i:acute|grave|uml);)",
+    "CD": "(?:<CHAR>|<D>)",
+    "LD": "(?:<L>|<D>)",
+    "S": "[ \t\xa0\u2000-\u200a\u3000]",
+    "SN": "[ \t\xa0\u2000-\u200a\u3000\n]",
+    "APOS": "(?:['\x92\u2019]|(?i:&apos;))",
+    "TICK": "(?:['\x92\u2019`\x91\u2018\u201b]|(?i:&apos;))",
+    "WORD": r"<CHAR><CD>*(?:[.!?]<CHAR><CD>*)*",
+    "AUX": "<APOS>(?:[msdMSD]|(?i:re|ve|ll))",
+    "NOT": "(?i:n)<TICK>(?i:t)",
+    "ACRONYM": r"(?i:u\.s\.-u\.k|u\.s\.-u\.s\.s\.r|(?:canada|sino|korean|eu|japan|non)-u\.s)"
+               r"|[A-Za-z](?:\.[A-Za-z])+",
+    "ABBR": rf"(?:(?i:{either(DATES_FIRMS)})|{either(CAPITALISED)})\.",
+    "TITLE": rf"(?:<ACRONYM>|[A-Za-z]|(?i:{either(TITLES)}))",
+    "NAME": "[A-Za-z][A-Za-z0-9_:.-]*",
+    "VALUE": r"""'[^'\n]*'|"[^"\n]*\"""",
+    "TAG": r"<(?:[!?][A-Za-z-][^>\n]*|<NAME>(?: +(?:<NAME>|<NAME> *= *<VALUE>))* */?|/<NAME>) *>",
+    "NEXT": rf"<SN>+(?:{either(STARTERS)}|<TAG>)<SN>",  # the next sentence begins
+    "OF": "(?:[dDoOlL]<TICK><LD>)?",  # d'Or, O'Neil
+    "HYPHENED": r"<OF><LD>+(?:[-_\u058a\u2010\u2011]<OF><LD>+)*",
+    "COMPOUND": r"[A-Za-z0-9][A-Za-z0-9.,\xad]*(?:-(?:<ACRONYM>\.|[A-Za-z0-9\xad]+))+",
+    "FIRM": "[A-Z]+(?:(?:(?i:&amp;)|[+&])[A-Z]+)+",
+    "SIDE": "[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}",
+    "URLEND": r"""[^ \t\n\f\r"<>|.!?(){},-]""",
+    "PATH": r"""/[^ \t\n\f\r"<>|()]+<URLEND>""",
+    "PAUSE": "[,;:\u3001]",
+}
+
+
+def expand(pattern: str) -> str:
+    """Replaces every <NAME> by its part, and the names in that in turn."""
+    while (longer := re.sub("<([A-Z]+)>", lambda m: f"(?:{PARTS[m[1]]})", pattern)) != pattern:
+        pattern = longer
+    return pattern
+
+
+def plain(token: str) -> str:
+    return token
+
+
+def drop(token: str) -> str:
+    return ""
+
+
+def no_soft_hyphen(token: str) -> str:
+    return token.replace("\xad", "")
+
+
+def hard_space(token: str) -> str:
+    """Blanks inside a token become no-break spaces; str.split() splits there later, as in pycocoevalcap."""
+    return token.replace(" ", "\xa0")
+
+
+def round_brackets(token: str) -> str:
+    return token.replace("(", "-lrb-").replace(")", "-rrb-")
+
+
+def phone(token: str) -> str:
+    return hard_space(round_brackets(token))
+
+
+def ampersand(token: str) -> str:
+    return re.sub("(?i:&amp;)", "&", token)
+
+
+def quotes(token: str) -> str:
+    """Directed quotes in LaTeX style. They vanish as punctuation later; others („) and pairs (’”) stay."""
+    token = re.sub("&apos;|[\x92’›]", "'", token)
+    token = re.sub("[\x91‘‛‹]", "`", token)
+    token = re.sub('["\x94”»]|&quot;', "''", token)
+    return re.sub("[\x93“«]", "``", token)
+
+
+def symbol(token: str) -> str:
+    """Signs with a spelling of their own, and a run of hyphens, which is a dash up to four."""
+    spelling = {"¢": "cents", "£": "#", "€": "$", "¤": "$", "₠": "$", "\x80": "$",
+                "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
+                "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
+                "---": "", "----": "", "&lt;": "<", "&gt;": ">"}
+    return spelling.get(token.lower(), token)
+
+
+RULES = [  # (what becomes of the token, the token[, what must follow it])
+    (plain, "(?i:can)", "(?i:not)"), (plain, "(?i:gon|wan)", "(?i:na)"), (plain, "(?i:got)", "(?i:ta)"),
+    (plain, "(?i:lem|gim)", "(?i:me)"), (plain, "<APOS>(?i:t)", "(?i:is|was)"),
+    # tags, entities
+    (hard_space, "<TAG>"), (drop, "&(?i:md|mdash|ndash);|[\x96\x97\u2013-\u2015]"), (ampersand, "(?i:&amp;)"),
+    (plain, "&(?i:ht|tl|ur|lr|qc|ql|qr|odq|cdq|#[0-9]+);"),
+    # words, and words with an apostrophe
+    (no_soft_hyphen, "<WORD>", "<AUX>"), (no_soft_hyphen, "[A-Za-z\xad]*[A-MO-Za-mo-z]\xad*", "<NOT>"),
+    (no_soft_hyphen, "<WORD>"),
+    (plain, "(?i:<APOS>n<APOS>?|(?:dunkin|somethin|ol)<APOS>|<APOS>(?:em|[2-9]0s|till?|cause)|c<APOS>mon"
+            r"|o<APOS>clock|cont<APOS>d\.?|nor<APOS>easter|e<APOS>er|s<APOS>mores|ev<APOS>ry|li<APOS>l"
+            r"|nat<APOS>l|d<APOS>ye|o<TICK>o)"),
+    (plain, "[lLdDjJ]<APOS>"), (plain, "[A-HJ-XZn]<TICK><L>{2,}"),
+    (plain, "<L>+[aeiouyAEIOUY]<TICK>[aeiouA-Z]<L>*"),
+    (plain, "[yY]<APOS>", "<L>"),
+    # addresses; ",-_" is a range, a slip of the original, so a bare domain has neither capitals nor digits
+    (plain, r"""(?i:https?)://[^ \t\n\f\r"<>|(){}]+<URLEND>"""),
+    (plain, r"""(?i:www)\.(?:[^ \t\n\f\r"<>|.!?(){},]+\.)+?[a-zA-Z]{2,4}<PATH>"""),  # lazy: a path goes on
+    (plain, r"""(?i:www)\.(?:[^ \t\n\f\r"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}"""),
+    (plain, r"""(?:[^ \t\n\f\r"`'<>|!(){},-_$]+\.)+(?i:com|net|org|edu)<PATH>?"""),
+    (plain, r"""(?:(?i:&lt;)|<)?[a-zA-Z0-9][^ \t\n\f\r"<>|(){}\xa0]*@(?:[^ \t\n\f\r"<>|().{}\xa0]+\.)*"""
+            r"""[^ \t\n\f\r"<>|().{}\xa0]+(?:(?i:&gt;)|>)?"""),
+    (plain, "@[a-zA-Z_][a-zA-Z_0-9]*|#<CHAR>+"), (plain, r"[Cc]\+\+|[CcFf]#"),
+    (quotes, "<AUX>|<NOT>", "[^A-Za-z]"),
+    # dates, numbers, fractions, years
+    (plain, "<D>{1,2}[-/]<D>{1,2}[-/]<D>{2,4}"),
+    (no_soft_hyphen, "[-+]?(?:<D>*(?:[.:,\xad\u066b\u066c]<D>+)+|<D>+)"),
+    (plain, "[\u207a\u207b\u208a\u208b]?(?:[\u2070\xb9\xb2\xb3\u2074-\u2079]+|[\u2080-\u2089]+)"),
+    (hard_space, r"(?:<D>{1,4}[- \xa0])?<D>{1,4}(?:\\?/|\u2044)<D>{1,4}"),
+    (symbol, "[\xbc-\xbe\u2153-\u215e]"),
+    (ampersand, "(?i:-[lr][rcs]b-|c[.]d[.]s|pro-|anti-|s(?:&|&amp;)(?:p-500|ls)|cap<APOS>n|c<APOS>est)"),
+    (plain, "<APOS>[0-9]{2}", "<SN>"), (no_soft_hyphen, r"<WORD>\.", "<PAUSE>"),
+    (phone, r"(?:\([0-9]{2,3}\)[ \xa0]?|(?:\+\+?)?(?:[0-9]{2,4}[- \xa0])?[0-9]{2,4}[- \xa0])"
+            r"[0-9]{3,4}[- \xa0]?[0-9]{3,5}"
+            r"|(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}"),
+    (drop, "'", "[A-Za-z][^ \t\n\r\xa0]"),
+    # abbreviations keep their full stop; one that ends a sentence as well is read again and removed
+    (plain, "<ABBR>", "<SN>(?:<SN>|[A-Z]|<TAG>)"), (plain, "<ABBR>", r"[\s\S]{2}"), (plain, "<ABBR>"),
+    (plain, "[A-Za-z]", r"\.<NEXT>"), (plain, r"<ACRONYM>\.", "<NEXT>"),
+    (plain, r"<TITLE>\."), (plain, "<TITLE>", "<SN>"),
+    (plain, rf"(?i:{either(BEFORE_NUMBERS)})\.", "<SN>?<D>"),
+    (plain, r"(?i:pp?t[ye]s?|co)\.", "<S>(?i:ltd|lim)"),
+    (plain, rf"<CD>+(?:\.<CD>+)*\.(?i:{either(FILES)})", "<SN>|[.?!,]"),
+    # compounds
+    (plain, r"<HYPHENED>\.", "<PAUSE>"), (plain, "<HYPHENED>"),
+    (ampersand, r"<FIRM>\.", "<PAUSE>"), (ampersand, "<FIRM>"), (plain, r"<SIDE>(?:\\?/<SIDE>){1,2}"),
+    (no_soft_hyphen, r"<COMPOUND>\.", "<PAUSE>"), (no_soft_hyphen, "<COMPOUND>"),
+    # smileys; in the second ".[^x=" begins another slip: it runs to the next "<>]"
+    (round_brackets, r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", "[^A-Za-z0-9]"),
+    (round_brackets, r"[\^x=~<>]\.\[\^[xX]=(?:(?!<>)[^\n])*<>\]|[-^x=~<>']_[-^x=~<>']"
+                     r"|\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)"),
+    # signs
+    (plain, "<<|>>"), (symbol, "[<>]|(?i:&[lg]t;)|-+"), (drop, r"\.{3,5}|(?:\.[ \xa0]){2,4}\.|[\x85\u2026]"),
+    (plain, r"@+|_+|#+|[?!]+"), (plain, r"\*+|(?:\\\*){1,3}"),
+    (quotes, "[`\u2018-\u201f\x91-\x94\u2039\u203a\xab\xbb]{1,2}|''|<APOS>|\"|(?i:&quot;)"),
+    (quotes, "<AUX>|<NOT>"), (plain, r"[A-Z]*\$"),
+    (symbol, r"[\xa2-\xa5\x80\u20a0\u20ac\u060b\u0e3f\u20a4\uffe0\uffe1\uffe5\uffe6()\[\]{}]"),
+    (plain, f"[{''.join(SYMBOLS)}]"), (plain, "\n"), (drop, "<S>+|(?i:&nbsp;)"),
+]
+COMPILED = [(edit, re.compile(expand(f"({token})(?:{''.join(ahead)})"))) for edit, token, *ahead in RULES]
+# Nearly all text is words between blanks, which only the rule for words can touch. Whole runs of them are
+# taken in one bite, which stops at words that are split in two and at words that may keep their full stop.
+SPLIT = "cannot|gonna|gotta|lemme|gimme|wanna"
+STOPPED = f"{SPLIT}|[a-z]|{either(DATES_FIRMS + TITLES + BEFORE_NUMBERS + CAPITALISED)}"
+WORDS = re.compile(rf"(?:(?!(?i:{SPLIT})[^A-Za-z])[A-Za-z]+(?:,? *\n|,? +)"
+                   rf"|(?!(?i:{STOPPED})\.)[A-Za-z]+\.(?: *\n| +(?=[A-Za-z])))+")
+# "-LRB-" stands in the original list, too, where it comes too late.
+REMOVED = {"", "'", "''", "`", "``", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+
+
+def longest_match(text: str, at: int) -> tuple[re.Match | None, Callable[[str], str]]:
+    """What the rules take at a position, and what becomes of it."""
+    best = None
+    change = plain
+    for edit, rule in COMPILED:
+        match = rule.match(text, at)
+        if match and (best is None or match.end() > best.end()):
+            best = match
+            change = edit
+    return best, change
+
+
+def ptb_tokenize(texts: list[str]) -> list[str]:
+    """Caption tokens joined by blanks, one string a text, as pycocoevalcap's PTBTokenizer gives them.
+
+    As there, the list is read as *one* text, a line each: an abbreviation at the end of a line depends on how
+    the next begins. Three differences, where the original loses count of the lines or depends on the end of
+    the file: any other line break is a blank, a quoted value in a tag ends with its line, and the last line
+    ends in a line break too."""
+    text = "".join(re.sub("[\n\r\x0b\x0c\u2028\u2029]", " ", line) + "\n" for line in texts)
+    tokens = []
+    at = 0
+    while at < len(text):
+        run = WORDS.match(text, at)
+        if run:
+            tokens.append(run[0].replace(",", "").replace(".", "").lower())
+            at = run.end()
+            continue
+        match, change = longest_match(text, at)
+        if match is None:                                   # a character the tokenizer does not know
+            at += 1
+            continue
+        token = change(match[1]).lower()
+        if token not in REMOVED:
+            tokens.append(token)
+        at = match.end(1)
+    lines = " ".join(tokens).split("\n")[:-1]
+    return [" ".join(filter(None, line.rstrip().split(" "))) for line in lines]

@@ -1,0 +1,108 @@
+"""A model folder as published: sizes in config.json, token ids in generation_config.json, tensors.
+
+    with read_config(path, "idefics2") as raw:          # what is raised within becomes one line with the name
+        vision = sizes(VisionConfig, raw["vision_config"], act="gelu_pytorch_tanh")
+"""
+
+import contextlib
+from dataclasses import fields
+from pathlib import Path
+
+from safetensors import safe_open
+
+from support.files import read_json, reading
+
+DIVIDED = (("num_attention_heads", "num_key_value_heads"), ("resampler_n_heads", "num_key_value_heads"),
+           ("hidden_size", "num_attention_heads"), ("num_hidden_layers", "cross_layer_interval"))
+
+
+@contextlib.contextmanager
+def read_config(path, model_type):
+    """→ the object in config.json. Raises InputError for another type, and for whatever is wrong within."""
+    with reading(path, f"a config of model_type {model_type!r}"):
+        raw = read_json(path)
+        if raw["model_type"] != model_type:
+            raise ValueError(repr(raw["model_type"]))
+        expect(raw, "tie_word_embeddings", False)
+        yield raw
+
+
+def expect(raw, name, value):
+    """Raises ValueError if the object says something else; what it leaves out or has as null is as
+    published."""
+    if raw.get(name) not in (None, value):
+        raise ValueError(f"{name} {raw[name]!r}, not {value!r}")
+
+
+def entry(raw, name, default):
+    """The number under `name`, of the default's type; null or left out, the default."""
+    value = raw.get(name)
+    if value is None:
+        return default
+    kind = type(default)
+    most = 1000 if name.endswith(("_layers", "_depth")) else 2 ** 31   # 10⁹ layers are built for hours
+    if type(value) not in (kind, int if kind is float else kind) or not 0 <= value <= most:
+        raise ValueError(f"{name} {value!r}, no {kind.__name__} in 0 … {most}")
+    return kind(value)
+
+
+def sizes(kind, raw, act):
+    """A section of config.json as the dataclass `kind`, whose defaults are what the file leaves out. act: its
+    activation, the only one that we have."""
+    raw = dict(raw or {})
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    expect(raw, "hidden_act", act)
+    expect(rope, "rope_type", "default")
+    expect(rope, "type", "default")
+    raw.setdefault("rope_theta", rope.get("rope_theta"))
+    if "sliding_window" in raw:
+        raw["sliding_window"] = raw["sliding_window"] or 0                  # null: no window
+    if isinstance(raw.get("eos_token_id"), list):
+        raw["eos_token_id"] = raw["eos_token_id"][0]                        # `generation_ids` has the others
+    config = kind(**{f.name: entry(raw, f.name, f.default) for f in fields(kind)})
+    found = vars(config)
+    for size, parts in DIVIDED:
+        own = size == "hidden_size" and raw.get("head_dim")                 # heads of a size of their own
+        if size in found and parts in found and not own and found[size] % found[parts]:
+            raise ValueError(f"{size} {found[size]}, no multiple of {parts} {found[parts]}")
+    return config
+
+
+def generation_ids(folder, pad):
+    """generation_config.json, if there is one → ids that end an answer, ids never to be made, id of
+    padding."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return [], [], pad
+    with reading(path, "token ids, each of bad_words_ids in a list of its own"):
+        raw = read_json(path)
+        ends = raw.get("eos_token_id")
+        ends = [ends] if isinstance(ends, int) else ends or []
+        banned = [token for (token,) in raw.get("bad_words_ids") or []]
+        if any(type(token) is not int for token in [*ends, *banned]):
+            raise TypeError(f"eos_token_id {ends}, bad_words_ids {banned}")
+        return ends, banned, entry(raw, "pad_token_id", pad)
+
+
+def read_weights(folder):
+    """The tensors of model.safetensors, or of the shards that its index names → {name: tensor},
+    memory-mapped."""
+    files = {"model.safetensors"}
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        with reading(index, "a weight_map of tensor names to file names"):
+            files = set(read_json(index)["weight_map"].values())
+            if any(file in ("", "..") or file != Path(file).name for file in files):
+                raise ValueError(f"files elsewhere: {files}")
+    tensors = {}
+    for file in sorted(files):
+        with reading(folder / file, "a complete safetensors file"), safe_open(folder / file, "pt") as shard:
+            for name in shard.keys():
+                if name.endswith(("inv_freq", "position_ids")) or name.startswith("model.vision_model.head."):
+                    continue                  # in some published files; computed or unused here
+                if name in tensors:
+                    raise ValueError(f"{name}, which another shard has, too")
+                tensors[name] = shard.get_tensor(name)
+                if not tensors[name].is_floating_point():
+                    raise TypeError(f"{name} of {tensors[name].dtype}, no floating point")
+    return tensors

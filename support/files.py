@@ -1,0 +1,244 @@
+"""Files: whatever is wrong with one is a single line, and what is written is written whole.
+
+    with reading(path, "VQA questions"):      # KeyError, … → "PATH: expected VQA questions, found: no 'x'"
+        questions = [q["question"] for q in read_json(path)["questions"]]
+
+Only process 0 of torchrun writes.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from tokenizers import Tokenizer
+
+from support.kernels import keep_freed
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave us: one line with the file or option, what was expected and what was
+    found."""
+
+
+WRONG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError)
+
+
+@contextlib.contextmanager
+def reading(path, what):
+    """Around plain parsing of the file `path`: whatever goes wrong becomes InputError `path: expected WHAT,
+    found …`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: expected {what}, found nothing") from None
+    except OSError as e:
+        raise InputError(f"{path}: expected {what}, found: {e.strerror or e}") from None
+    except WRONG as e:
+        found = f"no {e}" if isinstance(e, KeyError) else " ".join(str(e).split()) or type(e).__name__
+        raise InputError(f"{path}: expected {what}, found: {found:.300}") from None
+
+
+def read_json(path, what="complete JSON"):
+    """The parsed file. Raises InputError if it is missing or is not JSON."""
+    with reading(path, what):
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_tokenizer(path):
+    """The tokenizers.Tokenizer in tokenizer.json, without padding and truncation."""
+    read_json(path)                                   # a missing or truncated file is said better here
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:                            # the library raises nothing more specific
+        raise InputError(f"{path}: expected a tokenizer, found: {e}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def string(value):
+    """A str that a file can hold. Raises TypeError, or ValueError for half a character."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} in the place of text")
+    value.encode()
+    return value
+
+
+def once(values, path, what):
+    """Raises InputError if a value is there twice."""
+    if repeated := [value for value, n in Counter(values).items() if n > 1]:
+        raise InputError(f"{path}: expected every {what} once, found {repeated[0]} more than once")
+
+
+def chunks(items, size):
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+def read_tensors(path, what):
+    """→ the fp32 tensors {name: tensor} and the metadata {name: text} of a safetensors file.
+
+    Raises InputError, naming `what` was expected, for another file, another dtype, NaN or infinity."""
+    with reading(path, f"{what} in safetensors"):
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            about = file.metadata() or {}
+        for name, x in tensors.items():
+            if x.dtype != torch.float32:
+                raise TypeError(f"{name} of {x.dtype}, not torch.float32")
+            if not x.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinity")
+    return tensors, about
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """→ a temporary name to write to, which becomes `path` once all of it is on the disk: a crash leaves the
+    older file whole.
+
+    Raises InputError, and leaves nothing behind, if the disk is full or the folder is closed."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "r+b") as file:          # Windows syncs no file that is open for reading only
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        found = getattr(e, "strerror", None) or e
+        raise InputError(f"{path}: expected a file that can be written, found: {found}") from None
+
+
+def write_text(path, text):
+    """The whole text (UTF-8, line ends as they are), or the older file."""
+    if os.environ.get("RANK", "0") == "0":
+        with written_whole(path) as temporary:
+            temporary.write_bytes(text.encode())
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def save_tensors(path, tensors, about):
+    """tensors {name: tensor} with the metadata {name: value}, kept as text, as safetensors: the whole file,
+    or the older one."""
+    if os.environ.get("RANK", "0") == "0":
+        content = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()},
+                       {name: str(value) for name, value in about.items()})
+        with written_whole(path) as temporary:
+            temporary.write_bytes(content)
+
+
+class Stored(nn.Module):
+    """A module with a safetensors file. A subclass says what, beside the tensors, makes one: `kept`, further
+    options of the constructor (name → type), which travel in the metadata, and `sizes(tensors)`, what the
+    constructor takes first."""
+    kept = {}
+
+    @property
+    def options(self):
+        """The keyword arguments with which one like this is made."""
+        return {name: getattr(self, name) for name in self.kept}
+
+    def save(self, path, **about):
+        """Writes the tensors; `about` (method, model, dataset, seed, …) goes into the metadata as text."""
+        save_tensors(path, self.state_dict(), about | self.options)
+
+    @classmethod
+    def load(cls, path):
+        """What `save` wrote, in evaluation mode. Raises InputError if the file is something else."""
+        what = f"a {cls.__name__} adapter"
+        tensors, about = read_tensors(path, what)
+        with reading(path, what):
+            options = {name: kind(about[name]) for name, kind in cls.kept.items() if name in about}
+            module = cls(*cls.sizes(tensors), **options)
+            module.load_state_dict(tensors)
+        return module.eval()
+
+
+def save_state(path, module, optimiser, numbers):
+    """What a training continues from: parameters, the optimiser's moments, and numbers (a list that JSON can
+    hold)."""
+    tensors = {f"parameter.{name}": x for name, x in module.state_dict().items()}
+    for n, state in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{n}.{name}": x for name, x in state.items()}
+    save_tensors(path, tensors, {"numbers": json.dumps(numbers)})
+
+
+def load_state(path, module, optimiser):
+    """Sets module and optimiser to what `save_state` wrote → the numbers; None if there is no such file.
+    Raises InputError."""
+    if not Path(path).exists():
+        return None
+    tensors, about = read_tensors(path, "the state of this run")
+    with reading(path, "the state of this run"):
+        moments = {}
+        for name in [name for name in tensors if name.startswith("optimiser.")]:
+            _, n, moment = name.split(".")
+            moments.setdefault(int(n), {})[moment] = tensors.pop(name)
+        module.load_state_dict({name.removeprefix("parameter."): x for name, x in tensors.items()})
+        trained = [p for group in optimiser.param_groups for p in group["params"]]
+        if any(x.shape not in ((), trained[n].shape) for n, state in moments.items() for x in state.values()):
+            raise ValueError("moments of other shapes")
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+        step, best, seconds = json.loads(about["numbers"])
+        return int(step), best, float(seconds)
+
+
+def make_folder(path):
+    """The folder, and those above it. Raises InputError if it cannot be made."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{path}: expected a folder that can be written, found: {e.strerror}") from None
+
+
+@contextlib.contextmanager
+def fits_into_memory(option, size, more=""):
+    """What is done with `size` queries at a time: if the memory is too small for it, InputError says which
+    option to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:          # the CPU's allocator has no error of its own
+        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(e):
+            raise
+        hint = f"try {option} {size // 2}{more}" if size > 1 else "there is no smaller one"
+        raise InputError(f"{option} {size}: expected it to fit into the memory, found that it does not; "
+                         f"{hint}") from None
+
+
+def check_finite(step, micro, **numbers):
+    """Raises InputError, naming step and samples, unless all numbers are finite. micro: a step of
+    train.steps_of."""
+    if not all(map(math.isfinite, numbers.values())):
+        found = ", ".join(f"{name} {x}" for name, x in numbers.items())
+        ids = [q.id for queries, _ in micro for q in queries]
+        raise InputError(f"step {step}: expected finite losses and gradients, found {found} for {ids}")
+
+
+def run_command(main):
+    """Runs a command: the user's mistakes are one line and exit status 2, ours a traceback."""
+    keep_freed()
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as e:
+        file = e.filename or "a file"
+        print(f"error: {file}: expected to read or write it, found: {e.strerror or e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,179 @@
+"""Command lines: options that refuse what cannot be, in one line, and take a run's saved ones as defaults."""
+
+import argparse
+import inspect
+import math
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+
+from support.files import InputError, read_json, reading
+
+MOVED = {                         # an option of earlier versions → what does it now
+    "--table": "python -m experiments.table",
+    "--score": "python -m tools.score FILE",
+    "--chair": "python -m tools.score FILE --chair SYNONYMS",
+    "--fit": "python -m experiments.layerwise",
+    "--fit-tokens": "python -m experiments.layerwise --tokens",
+    "--restore-shots": "--shots",
+    "--order": "--method rices-first",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line (InputError, exit status 2) and no abbreviations. The script's
+    docstring is its help."""
+
+    def __init__(self, doc, prog=None):
+        first, _, rest = doc.partition("\n\n")
+        super().__init__(prog=prog, description=first, epilog=rest, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise InputError(message)
+
+    def parse(self, argv=None):
+        """The arguments (default: of the command line). An option that is not there is named, with the one
+        that was meant."""
+        args, unknown = self.parse_known_args(argv)
+        if not unknown:
+            return args
+        word = unknown[0].split("=")[0]
+        if word in MOVED:
+            raise InputError(f"{self.prog} {word}: expected nothing of that name any more; now {MOVED[word]}")
+        names = [name for action in self._actions for name in action.option_strings]
+        near = get_close_matches(word, names, 1)
+        raise InputError(f"{self.prog}: expected options that --help names, found {word}"
+                         + (f"; did you mean {near[0]}?" if near else ""))
+
+    def use(self, saved, path, but=()):
+        """The saved arguments become defaults, if there is such an option; what is typed wins. Raises
+        InputError."""
+        for action in self._actions:
+            value = saved.get(action.dest)
+            if value is None or action.dest in but:
+                continue
+            try:
+                if isinstance(value, bool) != (action.nargs == 0) or isinstance(value, (list, dict)):
+                    raise ValueError
+                value = action.type(str(value)) if action.type else value
+                if action.choices and value not in action.choices:
+                    raise ValueError
+            except (ValueError, argparse.ArgumentTypeError):
+                option = action.option_strings[0]
+                found = f"{option} {value!r:.80}"
+                raise InputError(f"{path}: expected the arguments of a run, found {found}") from None
+            action.default = value
+
+
+def number(kind, least, most=math.inf):
+    """A type for argparse: an int or float from `least` to `most`."""
+    def read(word):
+        value = kind(word)
+        if not least <= value <= most:
+            limits = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"expected {limits}, found {value:g}")
+        return value
+    read.__name__ = kind.__name__
+    return read
+
+
+def early(names, argv=None):
+    """What the command line says of these options (text, or None), before the parser that needs to know it is
+    made."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}", nargs="?")
+    return parser.parse_known_args(sys.argv[1:] if argv is None else argv)[0]
+
+
+def read_run(folder, methods):
+    """What args.json of a run says: its arguments, as a dict. Raises InputError if it is something else."""
+    path = Path(folder) / "args.json"
+    with reading(path, "the arguments of a run of train.py"):
+        saved = read_json(path)
+        if saved["method"] not in list(methods):
+            raise ValueError(f"--method {saved['method']!r:.80}")
+    if "finished" not in saved:
+        print(f"{folder}: an unfinished run; what follows is of its best epoch so far", file=sys.stderr)
+    return saved
+
+
+def add_common_arguments(parser, argv, datasets):
+    """What train.py and eval.py share → the group `run`. Some defaults are those of the dataset and of the
+    device that the command line names. datasets: data.DATASETS."""
+    given = early(("dataset", "device"), argv)
+    dataset = given.dataset if given.dataset in datasets else "toy"
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=datasets, default="toy", help="what to answer (default %(default)s)")
+    add("--data", default="data", metavar="FOLDER", help="okvqa/, vqav2/, coco/ as published (default data)")
+    add("--task", type=number(int, 0), default=0, metavar="N", help="number of a toy's rule (default 0)")
+    add("--samples", type=number(int, 1), default=1000, help="to train on and to show (default 1000)")
+    add("--dev-samples", type=number(int, 0), default=200,
+        help="more training samples, not trained on, that choose the epoch (default 200; a sixth at most)")
+    add("--seed", type=int, default=0, help="draws samples, ICDs and the adapter's start (default 0)")
+    add("--skip-bad-images", action="store_true", help="leave out samples with missing or damaged pictures")
+    add("--limit", type=number(int, 1), metavar="N", help="evaluate the first N items only (default: all)")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default=datasets[dataset].model, metavar="FOLDER",
+        help="a model folder as published (default idefics2-8b-base; toys: checkpoints/tiny)")
+    add("--device", default=device, help="cpu, cuda, cuda:1 … (default: cuda if there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default=dtype,
+        help="of the frozen weights; adapters are fp32 always (default: bfloat16 on cuda, else float32)")
+    add("--official", action="store_true",
+        help="prompts, aligned state, tokens of the loss, Z2 and positions as in the official code")
+    add = parser.add_argument_group("generation").add_argument
+    add("--num-beams", type=number(int, 1), default=3, help="1 = greedy (default 3)")
+    add("--length-penalty", type=number(float, -100, 100), default=0.0, help="0 = none (default 0)")
+    add("--eval-batch-size", type=number(int, 1), default=16, help="queries at a time (default 16)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", metavar="FOLDER", help="the run's folder (default runs/DATASET…)")
+    run.add_argument("--resume", action="store_true", help="go on where the same command was interrupted")
+    return run
+
+
+def add_training_arguments(parser, methods, takes):
+    """Options of train.py, whatever the method. takes: names of options of the method's loss; others are not
+    offered."""
+    add = parser.add_argument_group("training").add_argument
+    add("--method", choices=methods, default="mimic", help="what is trained (default mimic): see below")
+    add("--init", metavar="FOLDER", help="start from the adapter of another run (default: random)")
+    add("--shots", type=number(int, 0), help="the teacher's demonstrations (default: the paper's)")
+    add("--draws", type=number(int, 0), default=0, metavar="N",
+        help="sets of demonstrations that a query meets; 0 (default) = a new one every epoch")
+    add("--epochs", type=number(int, 1),
+        help="(default: 15 up to 99 samples, 10 up to 500, else the paper's, 5 of Idefics2)")
+    add("--batch-size", type=number(int, 1), default=4, help="queries at a time (default 4)")
+    add("--accumulate", type=number(int, 1), default=1, metavar="N", help="batches a step (default 1)")
+    add("--lr", type=number(float, 0, 1e3), help="highest rate of AdamW (default %(default)g)")
+    add("--warmup", type=number(float, 0, 1), default=0.1, help="share of steps while it rises (default 0.1)")
+    add("--weight-decay", type=number(float, 0, 1e3), default=1e-3, help="of AdamW (default 0.001)")
+    add("--clip", type=number(float, 1e-9, 1e9), default=1.0, help="largest norm of the gradient (default 1)")
+    add("--lambda-ce", type=number(float, 0, 1e6), help="weight of the LM loss, λ (default %(default)g)")
+    add("--compare", type=number(int, 0), nargs="*", default=[], metavar="K",
+        help="evaluate in-context learning too, with these shots; 0 = zero-shot (toys: 0 1 2 4 8, else none)")
+    if "lambda_align" in takes:
+        add("--lambda-align", type=number(float, 0, 1e6),
+            help="weight of L_align, 0 = no teacher (default %(default)g)")
+    if "align_on" in takes:
+        add("--share-icds", action="store_true",
+            help="one set of demonstrations for the queries of a batch, which the teacher reads once: faster")
+        add("--align-on", choices=("layer", "ffn"), default="layer",
+            help="compared: each layer's output, the paper's H (default), or its FFN's (official code)")
+    if "align_norm" in takes:
+        add("--align-norm", action=argparse.BooleanOptionalAction, default=True,
+            help="divide a layer's error by the teacher's mean square (default, unless --official)")
+    if "ce_on" in takes:
+        add("--ce-on", choices=("answer", "sequence"), default="answer",
+            help="tokens of the LM loss: the answer's (default) or all of them (official code)")
+
+
+def taken(function, options):
+    """Those of the options (a dict) that the function takes by name; its `model` is the model, --model a
+    folder."""
+    names = inspect.signature(function).parameters
+    return {name: options[name] for name in names if name in options and name != "model"}

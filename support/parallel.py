@@ -1,0 +1,102 @@
+"""Several processes, as torchrun starts them. Alone, every function here does nothing.
+
+    torchrun --nproc-per-node 2 -- train.py --accumulate 2 --dataset okvqa --model FOLDER --data FOLDER
+
+Every process runs the whole script with the whole model. The processes share a step's micro-batches and the
+batches of answers: `add` sums gradients, `gather` brings answers together. gloo between CPUs, nccl between
+GPUs, one process a GPU.
+"""
+
+import json
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from support.files import InputError
+
+
+def rank():
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join(device):
+    """Joins the processes that torchrun started, if it did → the device of this one. From here on only
+    process 0 prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))     # who dies is noticed at once anyway
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    return device
+
+
+def leave():
+    """Ends what `join` began."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def share(items):
+    """What this process does of a list: every world-th, from its rank on."""
+    return items[rank()::world()]
+
+
+def together(call, *arguments):
+    """A call that all processes make. Raises InputError if one of them has ended."""
+    try:
+        call(*arguments)
+    except RuntimeError as e:
+        raise InputError(f"torchrun: expected {world()} processes at work, found that one has ended "
+                         f"({str(e).splitlines()[0]:.100}); the same command with --resume goes on") from None
+
+
+def add(tensors):
+    """Every tensor (all of one dtype and device) becomes its sum over the processes, the same bits in each of
+    them."""
+    if world() > 1:
+        flat = torch.cat([x.flatten() for x in tensors])
+        together(dist.all_reduce, flat)
+        for x, part in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(part.view_as(x))
+
+
+def add_gradients(parameters):
+    """Every gradient becomes its sum over the processes; one that had no work has nothing to add."""
+    if world() > 1:
+        trained = [p for p in parameters if p.requires_grad]
+        for p in trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        add([p.grad for p in trained])
+
+
+def gather(value):
+    """Every process's value, of what JSON can hold, in the order of the ranks; all of them have to call
+    it."""
+    if world() == 1:
+        return [value]
+    mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world())]
+    together(dist.all_gather, sizes, torch.tensor([len(mine)]))
+    longest = max(map(int, sizes))
+    parts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    together(dist.all_gather, parts, torch.nn.functional.pad(mine, (0, longest - len(mine))))
+    return [json.loads(bytes(part[:int(n)].tolist())) for part, n in zip(parts, sizes, strict=True)]
+
+
+def wait():
+    """Until all processes are here."""
+    gather(None)

@@ -1,0 +1,235 @@
+"""A run's folder: args.json, log.csv, and of its evaluations results.json, a list of rows, and
+predictions.jsonl, a line an answer.
+
+While a row is being made its answers stand in predictions.jsonl one by one, with what they were made with, so
+that --resume can go on behind them; once they are scored they are replaced by lines with scores, and the row
+joins results.json.
+"""
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from support.files import InputError, make_folder, read_json, reading, write_json, write_text
+from support.parallel import rank, wait
+
+METRICS = {"vqa_accuracy": "VQA accuracy", "cider": "CIDEr-D x 100"}
+SAME = ("dataset", "split", "method", "shots", "n", "seed")    # a new row replaces one that agrees in these,
+ALSO = ("model", "task", "samples", "dtype", "official", "num_beams", "length_penalty")   # and must in these
+
+
+def new_row(args, metric, split, method, shots, n, made_of="", parameters=0, seconds=0):
+    """What a row says before it is made. `made_with` is a digest of all that its answers depend on; made_of:
+    of its adapter."""
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "run", "resume")}
+    made_with = hashlib.sha256(json.dumps([settings, split, made_of], sort_keys=True).encode()).hexdigest()
+    row = {"dataset": args.dataset, "split": split, "method": method, "shots": shots, "metric": metric,
+           "score": None, "n": n, "seed": args.seed, "parameters": parameters, "train_seconds": seconds}
+    row |= {name: settings[name] for name in ALSO}
+    return row | {"model": Path(args.model).resolve().name, "made_with": made_with[:12]}
+
+
+def digest(path):
+    """Of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def count(shifts):
+    """Their trained or fitted parameters."""
+    return sum(p.numel() for p in shifts.parameters() if p.requires_grad) if shifts is not None else 0
+
+
+def title(row):
+    """Method and shots, as a person says them."""
+    return row["method"] + (f" {row['shots']}-shot" if row["shots"] else "")
+
+
+def alike(a, b):
+    return all(a.get(name) == b[name] for name in SAME)
+
+
+def read_rows(path):
+    """The rows of a results.json, none if it is not there. Raises InputError if it is something else."""
+    if not Path(path).exists():
+        return []
+    with reading(path, f"a list of rows with {', '.join(SAME)}"):
+        return [row for row in read_json(path) if [row[name] for name in SAME]]
+
+
+def read_predictions(path):
+    """The objects of a predictions.jsonl, none if it is not there; a last line that a crash cut is left
+    out."""
+    if not Path(path).exists():
+        return []
+    with reading(path, "a prediction, a JSON object, in every line"):
+        found = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
+        return [record for record in found if [record["dataset"]]]
+
+
+def lines(records):
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+class Unfinished:
+    """A row that is being made: `made` {number of a sample: its answer and cost}, `keep` them, `finish` the
+    row.
+
+    .row is the old row where it is there and `resume` asks for no more: then there is nothing to do
+    (.done)."""
+
+    def __init__(self, folder, row, resume):
+        make_folder(folder)
+        self.results, self.predictions = Path(folder) / "results.json", Path(folder) / "predictions.jsonl"
+        self.row, self.done, self.title = row, False, title(row)
+        for old in [r for r in read_rows(self.results) if alike(r, row)]:
+            if differ := [k for k in ALSO if old.get(k, row[k]) != row[k]]:
+                raise InputError(f"{folder}: expected no results of {self.title} or those of the same "
+                                 f"arguments, found other {', '.join(differ)}; choose another --out")
+            if resume and old.get("made_with") == row["made_with"]:
+                print(f"{self.title}: all {row['n']} answers are there already")
+                self.row, self.done = old, True
+                return
+        found = read_predictions(self.predictions)
+        self.others = [x for x in found if not alike(x, row)]
+        self.made = {x["number"]: x for x in found
+                     if resume and alike(x, row) and x.get("made_with") == row["made_with"]}
+        wait()                                                # nobody writes before all have read
+        write_text(self.predictions, lines(self.others + list(self.made.values())))
+
+    def keep(self, found):
+        """found: [(number of a sample, answer, tokens of its prompt, ms)]: some lines more, at once."""
+        kind = {k: self.row[k] for k in (*SAME, "made_with")}
+        new = {i: kind | {"number": i, "prediction": said, "tokens": tokens, "ms": ms}
+               for i, said, tokens, ms in found}
+        self.made.update(new)
+        if rank() == 0:
+            try:
+                with open(self.predictions, "a", encoding="utf-8", newline="\n") as file:
+                    file.write(lines(new.values()))
+            except OSError as e:
+                raise InputError(f"{self.predictions}: expected room, found: {e.strerror}") from None
+
+    def cost(self):
+        """Means over the prompts → {prompt_tokens, ms_per_query}."""
+        tokens, ms = (sum(x[name] for x in self.made.values()) / len(self.made) for name in ("tokens", "ms"))
+        return {"prompt_tokens": round(tokens, 1), "ms_per_query": round(ms, 2)}
+
+    def finish(self, row, samples, answers, each, keys):
+        """Writes the scored answers, those in the format of the VQA server or of COCO (its two keys, or
+        none), and at last the row, which says that all is there → the row."""
+        kind = {k: row[k] for k in SAME}
+        both = list(zip(samples, answers, strict=True))
+        scored = [kind | {"id": s.id, "image_id": s.image_id, "question": s.question, "prediction": said,
+                          "answers": s.answers, "score": x} for (s, said), x in zip(both, each, strict=True)]
+        write_text(self.predictions, lines(self.others + scored))
+        if keys:
+            method = self.title.replace(" ", "-")
+            name = f"{row['dataset']}_{row['split']}_{method}_n{row['n']}_seed{row['seed']}_results.json"
+            write_json(self.results.parent / name, [{keys[0]: s.id, keys[1]: said} for s, said in both])
+        write_json(self.results, [*(r for r in read_rows(self.results) if not alike(r, row)), row])
+        return row
+
+
+def table(rows):
+    """Rows as text, a line each; "–" for what is not known."""
+    def shown(value, form):
+        return "–" if value is None else format(value, form)
+
+    head = ("method", "shots", "split", "score", "n", "parameters", "prompt tokens", "ms/query")
+    form = "{:<16}{:>6}{:>7}{:>8}{:>7}{:>12}{:>15}{:>10}"
+    found = [f"{rows[0]['dataset']}: {METRICS[rows[0]['metric']]}", form.format(*head)]
+    for r in rows:
+        found.append(form.format(r["method"], r["shots"], r["split"], shown(r["score"], ".2f"), r["n"],
+                                 shown(r["parameters"], ","), shown(r["prompt_tokens"], ""),
+                                 shown(r["ms_per_query"], ".2f")))
+    return "\n".join(found)
+
+
+# ---- A run of train.py
+def begin_run(folder, args, resume):
+    """Makes the folder with args.json → whether all of the run is there already. Raises InputError for a
+    folder of another run, or of an unfinished one that nobody asks to resume.  args: a dict."""
+    path, state = Path(folder) / "args.json", Path(folder) / "state.safetensors"
+    mine = json.loads(json.dumps({k: v for k, v in args.items() if k not in ("resume", "out")}))
+    old = {}
+    if path.exists():
+        with reading(path, "the arguments of a run"):
+            old = dict(read_json(path))
+    differ = sorted(k for k in mine if old.get(k, mine[k]) != mine[k])
+    if differ and any(Path(folder).glob("*.safetensors")):
+        raise InputError(f"{folder}: expected no run or one of the same arguments, found other "
+                         f"{', '.join(differ)}; choose another --out or delete it")
+    if state.exists() and not resume:
+        raise InputError(f"{folder}: expected no unfinished run, found one; the same command with --resume "
+                         "continues it, or choose another --out or delete it")
+    if resume and "finished" in old and not differ:
+        return True
+    make_folder(folder)
+    wait()                                                    # until all processes have looked
+    if not state.exists():
+        versions = {"commit": commit(), "torch": torch.__version__, "python": platform.python_version()}
+        write_json(path, {**mine, "out": str(folder), **versions, "started": time.strftime("%F %T")})
+    return False
+
+
+def already_finished(folder):
+    """Says so → the rows."""
+    rows = read_rows(Path(folder) / "results.json")
+    print(f"{folder}: already finished\n\n{table(rows)}")
+    return rows
+
+
+def commit():
+    """The commit of this code, "" if nobody knows."""
+    try:
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
+                              capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+@contextlib.contextmanager
+def open_log(path, columns, step):
+    """log.csv with the rows of the first `step` steps, to write more to. Raises InputError if they are not
+    there."""
+    found = [",".join(columns)]
+    if step:
+        with reading(path, f"the rows of {step} steps"):
+            found = path.read_text(encoding="utf-8").split("\n")[:-1][:step + 1]
+            if len(found) != step + 1:
+                raise ValueError(f"{len(found)} lines; to start anew delete state.safetensors")
+    wait()
+    write_text(path, "\n".join(found) + "\n")
+    with open(path if rank() == 0 else os.devnull, "a", encoding="utf-8", newline="", buffering=1) as file:
+        yield csv.writer(file, lineterminator="\n")
+
+
+def finish_run(folder):
+    """Notes in args.json that everything is done, and deletes what was kept to continue from."""
+    path = Path(folder) / "args.json"
+    write_json(path, read_json(path) | {"finished": time.strftime("%F %T")})
+    wait()
+    if rank() == 0:
+        (Path(folder) / "state.safetensors").unlink(missing_ok=True)
+
+
+def show_answers(folder, dataset, split, n=3):
+    """Prints a few questions with what each method said to them."""
+    said = {}
+    for p in read_predictions(Path(folder) / "predictions.jsonl"):
+        if p["dataset"] == dataset and p["split"] == split:
+            said.setdefault(p["id"], []).append(p)
+    for found in list(said.values())[:n]:
+        first = found[0]
+        truth = max(first["answers"], key=first["answers"].count) if first["answers"] else "?"
+        print(f"\nimage {first['image_id']}  {first['question'] or ''}  (truth: {truth})")
+        for p in found:
+            print(f"  {title(p):<12}{p['prediction']}")

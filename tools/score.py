@@ -1,0 +1,127 @@
+"""Score any system's result file, without a model.
+
+    python -m tools.score FILE --dataset okvqa --data data [--split val] [--out FOLDER]
+    python -m tools.score FILE --chair SYNONYMS.txt --data data          # captions of COCO: CHAIR as well
+
+FILE is a list as the VQA server has it, of {"question_id": 1, "answer": "a"}, or as COCO has it, of
+{"image_id": 1, "caption": "a"}. Printed, and with --out a row of FOLDER/results.json, are scores of 0-100:
+    score                    VQA accuracy, or CIDEr-D x 100
+    per_answer_type          VQA accuracy of the questions of a type, as the official evaluation reports it
+    per_question_type        the same
+    score_of                 OK-VQA: "stemmed": for `score`, answers are stemmed as the official ones are
+    raw_score                OK-VQA: answers as they are, against what the annotators wrote
+    unstemmed_score          OK-VQA: answers as they are, against the official ones, as the official tool does
+    chair_s, chair_i, recall captions with --chair: metrics/chair.py
+"""
+
+from pathlib import Path
+
+from data import DATASETS, load
+from eval import further_scores, percent, score
+from metrics.chair import caption_objects, chair, read_synonyms
+from support.files import InputError, once, read_json, reading, run_command, string
+from support.options import Parser, early
+from support.results import ALSO, Unfinished
+
+
+def read_answers(path, samples, keys):
+    """A result file → the samples that it answers, in the split's order, and its answers. A part is enough.
+
+    keys: of a record, its id and its answer. Raises InputError for an id that is unknown or there twice."""
+    key, said = keys
+    with reading(path, f'a list of {{"{key}": …, "{said}": …}} for samples of the split'):
+        records = [(record[key], string(record[said])) for record in read_json(path)]
+        once([number for number, _ in records], path, key)
+        answers = dict(records)
+        if unknown := answers.keys() - {s.id for s in samples}:
+            raise ValueError(f"{key} {unknown.pop()!r:.80}, which is none of them")
+        if not answers:
+            raise ValueError("an empty one")
+    answered = [s for s in samples if s.id in answers]
+    return answered, [answers[s.id] for s in answered]
+
+
+def categories(root, folder, samples):
+    """What COCO has in the samples' pictures of train2014 or val2014 → {image id: set of names}."""
+    path = Path(root) / f"coco/annotations/instances_{folder}.json"
+    with reading(path, "COCO's instances in every picture"):
+        found = read_json(path)
+        names = {c["id"]: c["name"] for c in found["categories"]}
+        seen = {image["id"]: set() for image in found["images"]}
+        for a in found["annotations"]:
+            seen[a["image_id"]].add(names[a["category_id"]])
+        return {s.image_id: seen[s.image_id] for s in samples if Path(s.image).parent.name == folder}
+
+
+def chair_scores(root, samples, captions, synonyms):
+    """CHAIRs, CHAIRi and recall, 0-100. In a picture is what COCO's instances or its references name.
+
+    synonyms: path of the published list, which is no part of this repository."""
+    found = {}
+    for folder in {Path(s.image).parent.name for s in samples}:
+        found |= categories(root, folder, samples)
+    with reading(synonyms, "a synonym list, a line `node, synonym, …` for every category of COCO"):
+        nodes = read_synonyms(Path(synonyms).read_text(encoding="utf-8"))
+        truths = [{nodes[name] for name in found[s.image_id]} for s in samples]
+    for s, truth in zip(samples, truths, strict=True):
+        truth.update(*(caption_objects(reference, nodes) for reference in s.answers))
+    return {name: percent([x]) for name, x in chair(captions, truths, nodes).items()}
+
+
+def show_row(row):
+    for name, value in row.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for kind, x in value.items():
+                print(f"    {kind:<24}{x:>8.2f}")
+        elif value is not None and name not in ("shots", "method"):
+            print(f"{name:<20}{value}")
+
+
+def parse(argv):
+    known = [name for name, dataset in DATASETS.items() if dataset.keys]
+    captions = early(["chair"], argv).chair is not None
+    parser = Parser(__doc__, prog="python -m tools.score")
+    add = parser.add_argument
+    add("file", metavar="FILE", help="the answers")
+    add("--dataset", choices=known, required=not captions, default="coco", help="what is answered")
+    add("--split", help="train, val or test, as the dataset has it (default: the dataset's own)")
+    add("--data", default="data", metavar="FOLDER", help="as train.py's (default data)")
+    add("--chair", metavar="SYNONYMS", help="captions: CHAIR as well; the file's lines: node, synonym, …")
+    add("--out", metavar="FOLDER", help="add a row to FOLDER/results.json, the answers to predictions.jsonl")
+    args = parser.parse(argv)
+    if args.chair and DATASETS[args.dataset].metric != "cider":
+        raise InputError(f"--chair: expected --dataset coco, found {args.dataset}")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    task = DATASETS[args.dataset]
+    split = args.split or task.eval_split
+    samples = load(args.dataset, args.data, split)
+    answered, answers = read_answers(args.file, samples, task.keys)
+    if len(answered) < len(samples):
+        print(f"{args.file} answers {len(answered)} of the {len(samples)} items of {args.dataset} {split}: "
+              "scored are these alone")
+    total, each = score(args.dataset, answered, answers, args.data)
+    if total is None:
+        raise InputError(f"{args.data}: expected annotations of {args.dataset} {split} to score against, "
+                         "found none")
+
+    row = {"dataset": args.dataset, "split": split, "method": Path(args.file).stem, "shots": 0,
+           "metric": task.metric, "score": total, "n": len(answered)}
+    not_known = ("seed", "parameters", "prompt_tokens", "ms_per_query", "train_seconds", *ALSO)
+    row |= dict.fromkeys(not_known)
+    row |= further_scores(args.dataset, answered, answers, args.data)
+    if args.chair:
+        row |= chair_scores(args.data, answered, answers, args.chair)
+    show_row(row)
+    if args.out:
+        Unfinished(args.out, row, resume=False).finish(row, answered, answers, each, keys=())
+        print(f"{args.out}/results.json written")
+    return row
+
+
+if __name__ == "__main__":
+    run_command(main)

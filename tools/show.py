@@ -1,0 +1,120 @@
+"""See what the model is given: a training batch token by token, or a sheet of training samples.
+
+    python -m tools.show toy
+    python -m tools.show okvqa --data data --model idefics2-8b-base --shots 4
+    python -m tools.show coco --data data --png coco.png --rows 6
+
+The batch is the first one that train.py trains on with the same options, which may all stand here; --shots
+and --batch-size are 2 if not given. One line a token, equal ones in a row on one line:
+    column      place in the left-padded row
+    attention   1 = token, 0 = padding or a masked separator
+    image       the picture that an <image> token stands for: which of the row's, and its id
+    aligned     1 = L_align compares the states of this column
+    CE          1 = the LM loss reads this token (of the student alone)
+    part        padding, separator, <s>, instruction, ICD 1 …, query, answer
+"""
+
+import textwrap
+from bisect import bisect_right
+from itertools import groupby
+
+import models
+from data import DATASETS, ICD, QUERY, collate, load, train_dev
+from support.files import InputError, run_command
+from support.options import Parser, number
+from support.pictures import to_rgb
+from toy import world
+from train import parse, steps_of
+
+HEAD = ("column", "id", "token", "attention", "image", "aligned", "CE", "part")
+PARTS = ("padding", "separator", "<s>", "instruction", "ICD", "query", "answer")    # of data.PADDING … ANSWER
+
+
+def describe(rows, b, aligned, read):
+    """Row b → a tuple a column, as HEAD.  aligned, read: bools of its last columns; those before are not."""
+    ids = rows.input_ids[b].tolist()
+    parts = rows.part[b].tolist()
+    marks = [["1" if x else "" for x in [False] * (len(ids) - len(some)) + some] for some in (aligned, read)]
+    is_image = rows.input_ids == rows.processor.image_ids[1]    # (B,T)
+    size = rows.processor.tokens_per_image
+    above = int(is_image[:b].sum()) // size                     # pictures of the rows above
+    places = is_image[b].nonzero().flatten().tolist()[::size]   # where this row's begin
+    lead = places[-1] - parts.index(QUERY)          # tokens of a query, and so of an ICD, before its picture
+
+    lines = []
+    for t, (token_id, part, *marked) in enumerate(zip(ids, parts, *marks, strict=True)):
+        token = str(rows.processor.tokenizer.id_to_token(token_id))
+        token = token.replace("\n", "\\n").replace("<0x0A>", "\\n")
+        attention = int(rows.attention_mask[b, t])
+        name = f"ICD {bisect_right(places, t + lead)}" if part == ICD else PARTS[part]
+        image = ""
+        if is_image[b, t]:
+            n = bisect_right(places, t)
+            image = f"{n} of {len(places)}: {rows.samples[above + n - 1].image_id}"
+        lines.append((t, token_id, token, attention, image, *marked, name))
+    return lines
+
+
+def table(lines):
+    """Lines as text; equal ones in a row become one, `token x 64`."""
+    shown = [HEAD]
+    for _, run in groupby(lines, key=lambda line: line[1:]):
+        first, *more = run
+        column, token_id, token, *rest = map(str, first)
+        if more:
+            column += f"-{more[-1][0]}"
+            token += f" x {1 + len(more)}"
+        shown.append((column, token_id, token, *rest))
+    widths = [max(map(len, cells)) for cells in zip(*shown, strict=True)]
+    return "\n".join("  " + "  ".join(map(str.ljust, cells, widths)).rstrip() for cells in shown)
+
+
+def show_batch(args):
+    """Prints what teacher and student read of every query of the first batch.  args: of train.py."""
+    samples, _ = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed, args.task)
+    processor = models.of(args.model)[1].from_pretrained(args.model)
+    templates = processor.official_templates if args.official else processor.templates
+    queries, icds = next(steps_of(samples, 0, args.seed, args.batch_size, 1, args.shots))[0]
+    batch = collate(queries, icds, processor, templates[DATASETS[args.dataset].task])
+    read = getattr(batch, vars(args).get("ce_on", "answer"))
+    for b, query in enumerate(queries):
+        title = f"row {b + 1} of {len(queries)}: sample {query.id}, answer {query.target!r}"
+        aligned = batch.align[b].tolist()
+        print(f"teacher, {title}\n{table(describe(batch.teacher, b, aligned, []))}\n")
+        print(f"student, {title}\n{table(describe(batch.student, b, aligned, read[b].tolist()))}\n")
+
+
+def write_sheet(path, rows, args):
+    """Writes the first training samples as a picture, four in a row; of a toy with its hidden rule."""
+    samples = load(args.dataset, args.data, "train", args.task)[:4 * rows]
+    items = [(to_rgb(s.picture()), s.question, s.target) for s in samples]
+    if DATASETS[args.dataset].toy:
+        title = f"{args.dataset}, task {args.task}"
+        rule = world.describe(world.task(args.dataset, args.task))
+        unbroken = [line.replace(" ", "\u00a0") for line in rule]
+        page = world.sheet(title, textwrap.fill("  ·  ".join(unbroken), 92), items)
+    else:
+        title, rule = f"{args.dataset}, training samples", []
+        page = world.sheet(title, args.data, items, cell=240, below=84)
+    try:
+        page.save(path)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: expected a picture file that can be written, found: {e}") from None
+    print("\n  ".join([f"{path}: {title}", *rule]))
+
+
+def main(argv=None):
+    parser = Parser(__doc__, prog="python -m tools.show")
+    add = parser.add_argument
+    add("dataset", choices=DATASETS, help="stands first")
+    add("--png", metavar="FILE", help="write a sheet of training samples instead")
+    add("--rows", type=number(int, 1), default=6, metavar="N", help="of four samples each (default 6)")
+    mine, others = parser.parse_known_args(argv)
+    args, _ = parse(["--dataset", mine.dataset, "--shots", "2", "--batch-size", "2", *others])
+    if mine.png:
+        return write_sheet(mine.png, mine.rows, args)
+    show_batch(args)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,330 @@
+"""The toy world: one coloured shape in a picture, and hidden rules that say how to talk about it.
+
+A scene is four digits, (colour, shape, place, ground). Every value has a word in each of four languages.
+A hidden *rule*, fixed within an episode, decides the language of the words and the form of the answer. It can
+only be learnt from demonstrations: that is in-context learning. There are three kinds of rule:
+
+    toy          four made-up question words, each meaning an attribute in one language, and an answer format
+    toy-named    the same with honest question words ("colour?"): languages and format alone are hidden
+    toy-caption  no question: a language for each attribute, and one of four sentence templates
+
+A sixth of all rules is held out: pre-training never sees them, the downstream tasks are drawn from them.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import math
+import textwrap
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# --- Words --------------------------------------------------------------------------------------------------
+LANGUAGES = ["English", "French", "German", "Spanish"]
+# Values are separated by bars, a word for each language. No word occurs twice, so it gives away its language.
+# Lower case and no punctuation: VQA and caption metrics normalise both, and must not change the answers.
+TABLE = {
+    "colour": """red rouge rot rojo | yellow jaune gelb amarillo | green vert grün verde | blue bleu blau azul
+        | purple violet lila morado | pink rose rosa rosado | brown marron braun pardo
+        | black noir schwarz negro""",
+    "shape": """circle cercle kreis círculo | square carré quadrat cuadrado | diamond losange raute rombo
+        | star étoile stern estrella | cross croix kreuz cruz | heart cœur herz corazón | moon lune mond luna
+        | ring anneau reif anillo""",
+    "place": """left gauche links izquierda | right droite rechts derecha | top haut oben arriba
+        | bottom bas unten abajo""",
+    "ground": """plain uni einfarbig liso | striped rayé gestreift rayado
+        | dotted pointillé gepunktet punteado | checked quadrillé kariert cuadriculado""",
+}
+ATTRIBUTES = list(TABLE)
+# WORDS[attribute][value][language]
+WORDS = [[value.split() for value in row.split("|")] for row in TABLE.values()]
+SIZES = [len(values) for values in WORDS]                              # [8, 8, 4, 4]
+
+QUESTIONS = {"toy": ["dax?", "wug?", "blick?", "fep?"], "toy-named": [f"{name}?" for name in ATTRIBUTES]}
+FORMATS = ["{}", "{} it is", "{} indeed"]    # the word that matters comes first, right behind the question
+TEMPLATES = [                                # six words each, so that none is given away by its length
+    "a {colour} {shape} {place} on {ground}",
+    "{place} the {shape} is {colour} {ground}",
+    "{ground} behind {shape} in {colour} {place}",
+    "see {shape} {colour} over {ground} {place}",
+]
+PROMPT = ["Image:", "Caption:", "\n"]
+
+
+def vocabulary():
+    """Every token of the toy world, prompt words included, each once, in an order that never changes."""
+    tokens = [*PROMPT, *itertools.chain(*QUESTIONS.values())]
+    tokens += [word for word in " ".join(FORMATS + TEMPLATES).split() if "{" not in word]
+    for values in WORDS:
+        tokens += itertools.chain(*values)
+    return list(dict.fromkeys(tokens))
+
+
+# --- Rules --------------------------------------------------------------------------------------------------
+RADIX = {"toy": (16, 16, 16, 16, 3), "toy-named": (4, 4, 4, 4, 3), "toy-caption": (4, 4, 4, 4, 4)}
+KINDS = list(RADIX)
+
+
+class Rule(NamedTuple):
+    """Digits 0-3 are, for "toy", attribute * 4 + language of the four question words, else the language of
+    each attribute; the last is the format or the template. Each is below that of RADIX[kind]."""
+
+    kind: str
+    digits: tuple
+
+    def meaning(self, word):
+        """→ (attribute, language) of question word 0-3; in captions of attribute 0-3."""
+        return divmod(self.digits[word], 4) if self.kind == "toy" else (word, self.digits[word])
+
+
+def is_held_out(rule):
+    """True for about 1/6 of all rules, the same ones in every process; pre-training never uses them."""
+    digest = hashlib.blake2b(f"{rule.kind} {rule.digits}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % 6 == 0
+
+
+def random_rule(kind, rng, held_out=False):
+    """A seen rule of this kind, or a held-out one. Four words in ten are English: so a model without
+    demonstrations has a default to be wrong with. rng: np.random.Generator."""
+    while True:
+        digits = np.where(rng.random(4) < 0.4, 0, rng.integers(1, 4, 4))
+        if kind == "toy":
+            digits += 4 * rng.integers(len(ATTRIBUTES), size=4)
+        rule = Rule(kind, (*digits.tolist(), int(rng.integers(RADIX[kind][-1]))))
+        if is_held_out(rule) == held_out:
+            return rule
+
+
+def is_task(rule):
+    """Held out and worth learning: more than one language and at most two of the four English, or the default
+    is nearly right; made-up words ask for at least three attributes, and no two of them mean the same."""
+    meanings = [rule.meaning(word) for word in range(4)]
+    attributes, languages = zip(*meanings, strict=True)
+    diverse = len(set(attributes)) >= 3 and len(set(meanings)) == 4 and len(set(languages)) >= 2
+    return diverse and languages.count(0) <= 2 and is_held_out(rule)
+
+
+@functools.cache
+def task(kind, n):
+    """The n-th downstream rule of a kind, n ≥ 0, from a fixed shuffle of all rules.
+
+    Raises ValueError past the last one: there are over 100 of each kind."""
+    if kind not in RADIX:
+        raise ValueError(f"unknown toy dataset {kind!r}; there are {', '.join(KINDS)}")
+    numbers = np.random.RandomState(0).permutation(math.prod(RADIX[kind]))       # a stream that never changes
+    rules = (Rule(kind, tuple(map(int, np.unravel_index(number, RADIX[kind])))) for number in numbers)
+    found = next(itertools.islice(filter(is_task, rules), max(n, 0), None), None)
+    if n < 0 or found is None:
+        raise ValueError(f"{kind} has no task {n}")
+    return found
+
+
+def describe(rule):
+    """→ list of 5 str: the rule in plain words, digit by digit."""
+    meanings = [rule.meaning(word) for word in range(4)]
+    lines = [f"{ATTRIBUTES[attribute]} in {LANGUAGES[language]}" for attribute, language in meanings]
+    if rule.kind == "toy":
+        lines = [f"{word} = {line}" for word, line in zip(QUESTIONS["toy"], lines, strict=True)]
+    patterns = TEMPLATES if rule.kind == "toy-caption" else [pattern.format("{word}") for pattern in FORMATS]
+    return [*lines, f"as: {patterns[rule.digits[-1]]}"]
+
+
+def text(rule, scene, word):
+    """→ (question, answer): what a rule says about a scene, four digits. word: which of the four questions;
+    captions have none, and ignore it."""
+    if rule.kind == "toy-caption":
+        words = {name: WORDS[a][scene[a]][rule.digits[a]] for a, name in enumerate(ATTRIBUTES)}
+        return None, TEMPLATES[rule.digits[-1]].format(**words)
+    attribute, language = rule.meaning(word)
+    said = WORDS[attribute][scene[attribute]][language]
+    return QUESTIONS[rule.kind][word], FORMATS[rule.digits[-1]].format(said)
+
+
+# --- Pictures -----------------------------------------------------------------------------------------------
+SIDE = 40                    # pixels
+SCALE = 4                    # drawn this much larger, then averaged
+VARIANTS = 48                # of every mask and every ground
+RGB = [(222, 34, 38), (250, 205, 20), (36, 158, 66), (40, 92, 220),
+       (128, 48, 178), (255, 128, 190), (134, 84, 38), (24, 24, 28)]
+CENTRE = [(-1, 0), (1, 0), (0, -1), (0, 1)]                      # left, right, top, bottom; y grows downwards
+
+T = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+CIRCLE = np.stack([np.cos(T), np.sin(T)], 1)
+HEART = np.stack([16 * np.sin(T) ** 3,
+                  -(13 * np.cos(T) - 5 * np.cos(2 * T) - 2 * np.cos(3 * T) - np.cos(4 * T)) - 2.5], 1) / 15
+TIPS = np.arange(10)
+STAR = np.stack([np.sin(TIPS * np.pi / 5), -np.cos(TIPS * np.pi / 5)], 1)
+STAR *= np.where(TIPS % 2, 0.47, 1.15)[:, None]
+ARM = 0.34                   # half the width of an arm of the cross
+CROSS = [(-ARM, -1), (ARM, -1), (ARM, -ARM), (1, -ARM), (1, ARM), (ARM, ARM),
+         (ARM, 1), (-ARM, 1), (-ARM, ARM), (-1, ARM), (-1, -ARM), (-ARM, -ARM)]
+SHAPES = [                   # (outline, hole or None) in units of the radius, in the order of WORDS
+    (0.97 * CIRCLE, None),
+    (np.array([(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]), None),
+    (np.array([(0, -1.15), (0.8, 0), (0, 1.15), (-0.8, 0)]), None),
+    (STAR, None),
+    (np.array(CROSS), None),
+    (HEART, None),
+    (1.05 * CIRCLE, 0.9 * CIRCLE + (0.55, 0)),
+    (1.05 * CIRCLE, 0.56 * CIRCLE),
+]
+
+
+def draw_mask(shape, place, rng):
+    """(40,40) uint8, 255 inside the object: jittered in place, size and angle (± 8 degrees)."""
+    radius = rng.uniform(7.3, 9.0)
+    angle = rng.uniform(-0.14, 0.14)
+    along = rng.uniform(8.6, 9.4)
+    across = rng.uniform(-2.5, 2.5)
+    x, y = CENTRE[place]
+    turn = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
+    centre = SIDE / 2 + along * np.array([x, y]) + across * np.array([y, x])
+    image = Image.new("L", (SIDE * SCALE, SIDE * SCALE))
+    for points, fill in zip(SHAPES[shape], (255, 0), strict=True):
+        if points is not None:
+            outline = SCALE * (centre + radius * points @ turn)
+            ImageDraw.Draw(image).polygon([tuple(p) for p in outline], fill=fill)
+    return np.asarray(image.reduce(SCALE))
+
+
+def draw_ground(ground, rng):
+    """(40,40) uint8, 0 = light, 255 = dark tone: plain, striped, dotted or checked, with a random phase."""
+    grid = (np.arange(SIDE * SCALE) + 0.5) / SCALE
+    period = rng.uniform(7.0, 9.0)
+    phase = rng.uniform(0, 1, 2)
+    slope = rng.choice((-1, 1))
+    u = grid[None, :] / period + phase[0]
+    v = grid[:, None] / period + phase[1]
+    patterns = [
+        np.zeros((len(grid), len(grid)), bool),
+        (0.75 * (u + slope * v)) % 1 < 0.5,
+        (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.27**2,
+        (u % 1 < 0.5) ^ (v % 1 < 0.5),
+    ]
+    return np.asarray(Image.fromarray(patterns[ground].astype(np.uint8) * 255).reduce(SCALE))
+
+
+@functools.cache
+def bank():
+    """Drawn once: masks (8,4,variants,40,40) by shape and place, grounds (4,variants,40,40); uint16."""
+    rng = np.random.default_rng(0)
+    n = range(VARIANTS)
+    masks = [[[draw_mask(shape, place, rng) for _ in n] for place in range(4)] for shape in range(8)]
+    grounds = [[draw_ground(ground, rng) for _ in n] for ground in range(4)]
+    return [x + (x >> 7) for x in (np.array(masks, np.uint16), np.array(grounds, np.uint16))]
+
+
+def blend(under, over, weight):
+    """uint16 all: under where weight = 0, over where weight = 256. 255 * 256 still fits into 16 bits."""
+    return (under * (256 - weight) + over * weight) >> 8
+
+
+def draw(scenes, rng):
+    """scenes (N,4) int, rng np.random.Generator → pictures (N,40,40,3) uint8, each with its own jitter.
+
+    The same scenes and rng state give the same pictures."""
+    scenes = np.asarray(scenes)
+    masks, grounds = bank()
+    n = len(scenes)
+    variants = rng.integers(VARIANTS, size=(2, n))
+    light = rng.integers(214, 240, (n, 1)) + rng.integers(-9, 10, (n, 3))     # muted: grounds are nearly grey
+    dark = light - rng.integers(44, 66, (n, 1))
+    colour = np.array(RGB)[scenes[:, 0]] + rng.integers(-14, 15, (n, 1)) + rng.integers(-10, 11, (n, 3))
+    tones = np.stack([light, dark, colour]).clip(0, 255).astype(np.uint16)[:, :, None, None, :]
+    pictures = np.empty((n, SIDE, SIDE, 3), np.uint8)
+    for start in range(0, n, 512):                                            # small chunks stay in the cache
+        s = slice(start, start + 512)
+        _, shape, place, ground = scenes[s].T
+        background = blend(tones[0, s], tones[1, s], grounds[ground, variants[1, s], ..., None])
+        pictures[s] = blend(background, tones[2, s], masks[shape, place, variants[0, s], ..., None])
+    return pictures
+
+
+def random_scenes(n, rng):
+    """→ (n,4) int64, uniform over the 8 x 8 x 4 x 4 scenes."""
+    return rng.integers(SIZES, size=(n, len(SIZES)))
+
+
+# --- Datasets and episodes ----------------------------------------------------------------------------------
+SPLITS = {"train": 1000, "dev": 200, "test": 500}
+SHARES = {"toy-named": 0.25, "toy-caption": 0.20, "toy": 0.55}
+
+
+class Record(NamedTuple):
+    image: Image.Image       # RGB, 40 x 40
+    image_id: int            # unique in all splits, tasks and datasets
+    question: str | None
+    answer: str
+
+
+def samples(dataset, task_number, split):
+    """→ list of Record, all under the one held-out rule task(dataset, task_number).
+
+    Every (dataset, task, split) has a seed of its own. Raises ValueError for a name or number that does not
+    exist."""
+    rule = task(dataset, task_number)
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r} of {dataset}; there are {', '.join(SPLITS)}")
+    n = SPLITS[split]
+    kind, part = KINDS.index(dataset), list(SPLITS).index(split)
+    rng = np.random.default_rng([kind, task_number, part])
+    scenes = random_scenes(n, rng)
+    words = rng.integers(4, size=n)
+    pictures = draw(scenes, rng)
+    first = (task_number * len(KINDS) + kind) * 10_000 + part * 1000
+    texts = [text(rule, scene, word) for scene, word in zip(scenes.tolist(), words.tolist(), strict=True)]
+    return [Record(Image.fromarray(pictures[i]), first + i, *texts[i]) for i in range(n)]
+
+
+def episodes(rng, n, length, scenes, shares=SHARES, held_out=False):
+    """Pre-training: n episodes of `length` examples about pictures of a bank with these scenes (M,4), each
+    under one random rule, seen or held out; shares: P(kind) → picture indices (n,length) int64, questions and
+    answers, n lists of `length` str (questions None in captions)."""
+    kinds = rng.choice(list(shares), n, p=list(shares.values())).tolist()
+    rules = [random_rule(kind, rng, held_out) for kind in kinds]
+    indices = rng.integers(len(scenes), size=(n, length))
+    words = rng.integers(4, size=(n, length)).tolist()
+    questions, answers = [], []
+    for i, rule in enumerate(rules):
+        said = [text(rule, scenes[k].tolist(), word) for k, word in zip(indices[i], words[i], strict=True)]
+        questions.append([asked for asked, _ in said])
+        answers.append([told for _, told in said])
+    return indices, questions, answers
+
+
+# --- Sheets of pictures -------------------------------------------------------------------------------------
+def font(size):
+    """A system font where there is one: Pillow's own has no accented letters."""
+    for name in ("DejaVuSans.ttf", "Arial.ttf", "arial.ttf"):
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
+def sheet(title, subtitle, items, cell=SIDE * 4, below=52):
+    """items: (PIL image, question or None, answer) → PIL.Image, four items in a row, their texts under them;
+    cell, below: width and height of a picture, and height of its texts, in pixels."""
+    big, small = font(16), font(13)
+    gap, head = 14, 84
+    letters = cell * 21 // 160
+    rows = -(-len(items) // 4)
+    page = Image.new("RGB", (4 * (cell + gap) + gap, head + rows * (cell + below)), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((gap, 10), title, "black", big)
+    pen.multiline_text((gap, 34), subtitle, "#666666", small)
+    for i, (image, asked, told) in enumerate(items):
+        x = gap + i % 4 * (cell + gap)
+        y = head + i // 4 * (cell + below)
+        scale = cell / max(image.size)
+        resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+        page.paste(image.resize([max(1, round(side * scale)) for side in image.size], resample), (x, y))
+        if asked:
+            lines = textwrap.wrap(asked, letters)
+            pen.multiline_text((x, y + cell + 4), "\n".join(lines), "#888888", small, spacing=3)
+            pen.text((x, y + cell + 4 + 16 * len(lines)), told, "black", big)
+        else:
+            pen.multiline_text((x, y + cell + 5), textwrap.fill(told, letters), "black", small, spacing=3)
+    return page
