@@ -3,11 +3,9 @@
     python train.py                                          # the toy world: everything in two minutes
     python train.py --dataset okvqa                          # OK-VQA in data/, the model in idefics2-8b-base/
     python train.py --method lora                            # or live, hificl, stave, prompt-tuning
-    python train.py --init runs/toy-layerwise --epochs 1     # from the adapter of another run
 
 Trains on --samples of the training split, chooses the epoch by the score on --dev-samples others, evaluates
-on another split. --out gets args.json, log.csv, METHOD.safetensors, results.json, predictions.jsonl. --resume
-continues behind the last whole epoch. On N devices: `torchrun --nproc-per-node N -- train.py --accumulate N`.
+on another split. --resume continues behind the last whole epoch. On N GPUs: docs/running.md.
 """
 
 import inspect
@@ -26,12 +24,11 @@ from eval import read_samples, report, sayer, score
 from mimic import Recorder, align_loss, lm_loss
 from model import KVCache
 from support.files import InputError, check_finite, fits_into_memory, load_state, run_command, save_state
-from support.options import Parser, add_common_arguments, add_training_arguments, early, taken
+from support.options import Parser, add_common_arguments, add_training_arguments, early, read_run, taken
 from support.parallel import add, add_gradients, join, leave, rank, share, wait
 from support.results import already_finished, begin_run, open_log
 
 LOG = ("step", "epoch", "loss", "align", "ce", "lr", "grad_norm", "seconds", "dev")    # columns of log.csv
-EPOCHS = {99: 15, 500: 10}       # up to so many samples, so many epochs (official code); else the paper's
 
 
 # ---- The loss
@@ -130,8 +127,7 @@ def train(args, compute, adapter, samples, dev_score, save, folder):
     steps = args.epochs * per_epoch
     draws = partial(steps_of, samples, **taken(steps_of, vars(args)))
     state = folder / "state.safetensors"
-    at = load_state(state, adapter, optimiser)
-    step, best, seconds = at or (0, -1.0, 0.0)
+    step, best, seconds = load_state(state, adapter, optimiser) or (0, -1.0, 0.0)
     bar = tqdm(total=steps, initial=step, desc="train", unit="step", disable=rank() > 0)
     with open_log(folder / "log.csv", LOG, step) as log, bar:
         for epoch in range(step // per_epoch, args.epochs):
@@ -149,8 +145,7 @@ def train(args, compute, adapter, samples, dev_score, save, folder):
                         align, ce = compute(queries, icds)
                         loss = args.lambda_align * align + args.lambda_ce * ce
                         (loss / len(micro)).backward()
-                    part = torch.tensor([align.item(), ce.item()])
-                    sums += part / len(micro)
+                    sums += torch.tensor([align.item(), ce.item()]) / len(micro)
                 add_gradients(adapter.parameters())
                 add([sums])
 
@@ -221,10 +216,19 @@ def parse(argv=None):
     return args, kind
 
 
-def choose_samples(args):
-    """→ samples to train on, dev samples, queries to evaluate, and their split: dev, if its own has no
-    annotations. Sets args.epochs. What would stop the run later stops it here."""
+def default_epochs(n_samples, folder):
+    """As the official code: more for few samples, else the paper's for the model in the folder."""
     import models
+    if n_samples < 100:
+        return 15
+    if n_samples <= 500:
+        return 10
+    model_class, _ = models.of(folder)
+    return model_class.epochs
+
+
+def choose_samples(args):
+    """→ samples to train on, dev samples, queries to evaluate and their split (dev, if need be)."""
     split = DATASETS[args.dataset].eval_split
     samples, dev, queries = read_samples(args, split)
     annotated = all(q.answers for q in queries)
@@ -233,12 +237,9 @@ def choose_samples(args):
         split, queries = "dev", dev
     if not queries:
         raise InputError(f"{args.data}: expected annotations of {args.dataset} or dev samples, found neither")
-    for shots in (args.shots, *args.compare):
-        draw(samples, samples[:1], shots, args.seed)
-    few = [epochs for most, epochs in EPOCHS.items() if len(samples) <= most]
-    model_class, _ = models.of(args.model)
-    args.epochs = args.epochs or (*few, model_class.epochs)[0]
-    print(f"{len(samples)} samples, {args.epochs} epochs; {len(dev)} dev samples, {len(queries)} to evaluate")
+    most = max(args.shots, *args.compare, 0)
+    draw(samples, samples[:1], most, args.seed)
+    print(f"{len(samples)} samples to train on, {len(dev)} for dev, {len(queries)} to evaluate")
     return samples, dev, queries, split
 
 
@@ -251,6 +252,7 @@ def main(argv=None):
 
     # 1. Samples
     samples, dev, queries, split = choose_samples(args)
+    args.epochs = args.epochs or default_epochs(len(samples), args.model)
     if begin_run(folder, vars(args), args.resume):
         return already_finished(folder)
 
@@ -263,8 +265,8 @@ def main(argv=None):
     adapter = kind.for_model(model, **taken(kind.for_model, options))
     path = folder / f"{args.method}.safetensors"
     if args.init:
-        start = Path(args.init) / path.name
-        adapter = baselines.load_adapter(start, args.method, model)
+        read_run(args.init, [args.method])
+        adapter = baselines.load_adapter(Path(args.init) / path.name, args.method, model)
 
     # 3. Training
     loss_of = kind.losses or losses
@@ -276,11 +278,9 @@ def main(argv=None):
         return loss_of(batch)
 
     def dev_score(adapter):
-        if not dev:
-            return 0.0
         alone = [[]] * len(dev)
         answers = say(dev, alone, adapter.eval(), features)
-        return score(args.dataset, dev, answers, args.data)[0]
+        return score(args.dataset, dev, answers, args.data)[0] if dev else 0.0
 
     name = Path(args.model).resolve().name
     save = partial(adapter.save, path, method=args.method, model=name, dataset=args.dataset, task=args.task,

@@ -29,14 +29,14 @@ from tqdm import tqdm
 
 import models
 from data import DATASETS, ICD, chunks, collate, draw, encode_images
-from eval import read_samples, report, sayer
+from eval import report, sayer
 from mimic import MimIC, mixing_weight
 from model import KVCache, Shifts, attention, causal_mask, merge_heads, rope
 from support.files import InputError, fits_into_memory, run_command
-from support.kernels import keep_freed
 from support.options import Parser, add_common_arguments, number
 from support.parallel import join, world
 from support.results import already_finished, begin_run
+from train import choose_samples
 
 
 # ---- The streams, one layer at a time
@@ -301,15 +301,7 @@ def main(argv=None):
         raise InputError(f"a layer-wise fit: expected one process, found {world()}")
 
     # 1. Samples, model, features
-    split = DATASETS[args.dataset].eval_split
-    samples, dev, asked = read_samples(args, split)
-    if not all(s.answers for s in asked):
-        asked = dev
-        split = "dev"
-    if not asked:
-        raise InputError(f"{args.data}: expected annotations of {args.dataset} or dev samples, found neither")
-    for shots in (args.shots, *args.compare):
-        draw(samples, samples[:1], shots, args.seed)           # too few samples? say it before the long work
+    samples, _, asked, split = choose_samples(args)
     if begin_run(folder, vars(args), args.resume):
         return already_finished(folder)
     model, processor = models.load_model(args.model, device, args.dtype)
@@ -337,5 +329,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    keep_freed()
     run_command(main)

@@ -131,13 +131,18 @@ def write_json(path, content):
 
 
 def save_tensors(path, tensors, about):
-    """tensors {name: tensor} with the metadata {name: value}, kept as text, as safetensors: the whole file,
-    or the older one."""
+    """Tensors and metadata ({name: value}, kept as text) as safetensors, the whole file or the older one. The
+    same content gives the same bytes."""
     if os.environ.get("RANK", "0") == "0":
         content = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()},
                        {name: str(value) for name, value in about.items()})
+        n = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:n])
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))    # the library's is chance
+        header = json.dumps(header).encode()
+        header += b" " * (-len(header) % 8)
         with written_whole(path) as temporary:
-            temporary.write_bytes(content)
+            temporary.write_bytes(len(header).to_bytes(8, "little") + header + content[n:])
 
 
 class Stored(nn.Module):

@@ -22,14 +22,24 @@ MOVED = {                         # an option of earlier versions → what does 
 }
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """A line for most options; values are N."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=26)
+
+    def _get_default_metavar_for_optional(self, action):
+        return "N"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line (InputError, exit status 2) and no abbreviations. The script's
     docstring is its help."""
 
     def __init__(self, doc, prog=None):
         first, _, rest = doc.partition("\n\n")
-        super().__init__(prog=prog, description=first, epilog=rest, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog=prog, usage="%(prog)s [options]", description=first, epilog=rest,
+                         allow_abbrev=False, formatter_class=HelpFormatter)
 
     def error(self, message):
         raise InputError(message)
@@ -92,8 +102,9 @@ def early(names, argv=None):
 def read_run(folder, methods):
     """What args.json of a run says: its arguments, as a dict. Raises InputError if it is something else."""
     path = Path(folder) / "args.json"
-    with reading(path, "the arguments of a run of train.py"):
-        saved = read_json(path)
+    what = "the arguments of a run of train.py or experiments.layerwise"
+    with reading(path, what):
+        saved = read_json(path, what)
         if saved["method"] not in list(methods):
             raise ValueError(f"--method {saved['method']!r:.80}")
     if "finished" not in saved:

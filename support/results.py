@@ -163,7 +163,8 @@ def begin_run(folder, args, resume):
     if path.exists():
         with reading(path, "the arguments of a run"):
             old = dict(read_json(path))
-    differ = sorted(k for k in mine if old.get(k, mine[k]) != mine[k])
+    named = mine.keys() | (old.keys() - {"out", "commit", "torch", "python", "started", "finished"})
+    differ = sorted(k for k in named if old.get(k, mine.get(k)) != mine.get(k))
     if differ and any(Path(folder).glob("*.safetensors")):
         raise InputError(f"{folder}: expected no run or one of the same arguments, found other "
                          f"{', '.join(differ)}; choose another --out or delete it")

@@ -234,8 +234,9 @@ def test_every_token_knows_which_part_of_the_prompt_it_is(either):
         assert set(ids[part == data.PADDING].tolist()) <= {either.pad_id}
         assert said(data.INSTRUCTION) == template.instruction
         assert said(data.ANSWER) == f"{query.target}\n"
-        assert said(data.QUERY).endswith(f"Question: {query.question}\nAnswer:") and said(data.ICD).count("Question: why") == 2
-        assert all(f"Question: {d.question}\nAnswer: {d.target}\n" in said(data.ICD) for d in shown)
+        cue = template.query.split("<image>")[1].strip()
+        assert said(data.QUERY).endswith(cue.format(question=query.question)) and said(data.ICD).count("Question: why") == 2
+        assert all(f"{cue.format(question=d.question)} {d.target}\n" in said(data.ICD) for d in shown)
 
 
 def test_official_separators_are_masked_and_of_no_part(either):

@@ -1,4 +1,4 @@
-"""data.py fetch against a server of this machine that is slow, breaks off, lies, forgets ranges and sends rubbish."""
+"""tools.fetch against a server of this machine that is slow, breaks off, lies, forgets ranges and sends rubbish."""
 
 import io
 import random
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import data
-import fetch
-from model import InputError
+from support.files import InputError
+from tools import fetch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUESTIONS = "okvqa.allenai.org/static/data/OpenEnded_mscoco_val2014_questions.json.zip"
@@ -104,7 +104,7 @@ def server(published, monkeypatch):
 
 
 def run(server, root, dataset="okvqa", *more):
-    data.main(["fetch", dataset, "--data", str(root), "--mirror", server.url, *more])
+    fetch.main([dataset, "--data", str(root), "--mirror", server.url, *more])
 
 
 def tree(root):
@@ -181,17 +181,18 @@ def test_a_server_that_never_sends_the_file_is_one_line_that_names_it(server, tm
 
 
 def test_a_missing_file_is_one_line_and_exit_status_2_and_no_server_at_all_is_named(server, tmp_path):
-    found = subprocess.run([sys.executable, "data.py", "fetch", "coco", "--data", tmp_path, "--mirror", f"{server.url}/none"],
+    found = subprocess.run([sys.executable, "-m", "tools.fetch", "coco", "--data", tmp_path, "--mirror", f"{server.url}/none"],
                            cwd=REPOSITORY, capture_output=True, text=True)
     errors = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
     assert found.returncode == 2 and len(errors) == 1 and "caption_datasets.zip: expected the file, found HTTP" in errors[0]
     assert "Traceback" not in found.stderr
     with pytest.raises(InputError, match="caption_datasets.zip: expected the whole file, found after 4 tries: .*refused"):
-        data.main(["fetch", "coco", "--data", str(tmp_path), "--mirror", "http://127.0.0.1:9"])
+        fetch.main(["coco", "--data", str(tmp_path), "--mirror", "http://127.0.0.1:9"])
 
 
 HELPER = """
-import os, sys, time, fetch
+import os, sys, time
+from tools import fetch
 print("ready", flush=True)
 for line in sys.stdin:
     if not (child := os.fork()):
@@ -228,21 +229,13 @@ def test_killed_at_random_moments_it_ends_with_the_same_files_and_fetches_none_t
 # ---- what is asked for
 
 
-def test_the_list_names_an_address_for_every_file(shared, capsys):
-    for dataset in fetch.ARCHIVES:
-        data.main(["fetch", dataset, "--data", str(shared / "data"), "--list", "--chair"])
-        lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-        assert all(re.match(r"https?://[\w.-]+/.+\.(zip|jpg)$", url) and path.startswith(str(shared)) for url, path in lines)
-        assert any(url.startswith("http://images.cocodataset.org/") for url, _ in lines) or dataset != "okvqa"
-
-
 @pytest.mark.parametrize("words", [["--samples", "0"], ["--limit", "0"], ["--threads", "0"], ["--dev-samples", "-1"],
                                    ["--mirror", "here"]])
 def test_a_number_or_mirror_that_cannot_be_is_refused(words, tmp_path):
     with pytest.raises(InputError, match=f"{words[0]}: expected a"):
-        data.main(["fetch", "okvqa", "--data", str(tmp_path), *words])
+        fetch.main(["okvqa", "--data", str(tmp_path), *words])
 
 
 def test_only_fetch_opens_connections():
-    files = [p for p in REPOSITORY.glob("*.py") if p.name != "fetch.py"] + list((REPOSITORY / "baselines").glob("*.py"))
+    files = [p for at in ("*.py", "*/*.py") for p in REPOSITORY.glob(at) if p.name not in ("fetch.py", "test_fetch.py")]
     assert [p.name for p in files if re.search(r"^\s*(import|from) (urllib|http|socket|requests)", p.read_text(), re.M)] == []

@@ -13,7 +13,7 @@ attention has no reason to look at pictures that do not yet say anything. So the
 of the prompt matters as much: the question word stands right before its answer (data.TEMPLATES), so that
 looking up an earlier answer takes one comparison of it with the token before that answer.
 
-Letters: B episodes, T tokens, N pictures, d width of the decoder, E = 9 examples an episode.
+B episodes, T tokens, N pictures, d width of the decoder, E = 9 examples an episode.
 """
 
 import functools
@@ -26,12 +26,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Sequence, Split
+from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm
 
 from data import ANSWER, Processor, Sample, left_pad, row
 from eval import answer
 from model import Config, Idefics2, Shifts
+from models import load_model
 from support import files, parallel
 from support.options import Parser, number
 from toy import world
@@ -85,11 +89,9 @@ SETTINGS = {                             # 1.7 M parameters, four visual tokens 
 def tokenizer():
     """One token a word: text is split at blanks, which vanish, and at line ends, which are tokens."""
     words = {word: i for i, word in enumerate(vocabulary())}
-    t = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    blanks = pre_tokenizers.Split(" ", "removed")
-    line_ends = pre_tokenizers.Split("\n", "isolated")
-    t.pre_tokenizer = pre_tokenizers.Sequence([blanks, line_ends])
-    t.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
+    t = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    t.pre_tokenizer = Sequence([Split(" ", "removed"), Split("\n", "isolated")])
+    t.post_processor = TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
     special = SPECIAL_FIRST + SPECIAL_LAST
     t.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
     return t
@@ -123,15 +125,11 @@ def make_bank(model, processor, n, seed):
     return scenes, torch.cat([encode(model, processor, pictures[i:i + 512]) for i in range(0, n, 512)])
 
 
-def sample(question, told, image_id=0):
-    return Sample(image_id, None, question, [told], told)
-
-
 @functools.lru_cache(4096)
 def example(processor, question, told):
     """→ ids of question and answer, and whether each of them is of the answer or its line end."""
     template = processor.templates["toy" if question else "toy-caption"]
-    ids, parts = row(processor, template, [], sample(question, told))
+    ids, parts = row(processor, template, [], Sample(0, None, question, [told], told))
     return ids[1:], [part == ANSWER for part in parts[1:]]                             # without <s>
 
 
@@ -245,16 +243,14 @@ def measure(model, processor, scenes, bank, args):
         n = args.log_episodes
         indices, questions, answers = world.episodes(rng, n, E, scenes, {kind: 1.0}, held_out=True)
         ids, numbers = write(processor, questions, answers)
-        right = examples_right(*answer_logits(model, bank, indices, ids, numbers), numbers)
-        shares = right.float().mean(0)
-        found |= {f"{kind} {k}": round(shares[k].item(), 3) for k in (0, 8)}
+        right = examples_right(*answer_logits(model, bank, indices, ids, numbers), numbers).float()
+        found |= {f"{kind} {k}": round(right[:, k].mean().item(), 3) for k in (0, 8)}
     return found
 
 
 def train_decoder(model, processor, optimiser, state, args):
-    """The decoder learns to continue episodes under any seen rule, from where the file `state` says → seconds.
-
-    A row of log.csv tells the accuracy under never-seen rules; with every row the state is written anew."""
+    """The decoder learns to continue episodes under any seen rule, from where the file `state` says →
+    seconds. The file is written anew with every row of log.csv."""
     began = time.time()
     first, (of, log), before = files.load_state(state, model, optimiser)
     if of != settings(args):
@@ -264,8 +260,8 @@ def train_decoder(model, processor, optimiser, state, args):
     fresh = make_bank(model, processor, min(args.bank, 2048), [args.seed, 5])
     if args.compile:
         model.model["text_model"].compile(dynamic=False)
-    rest = range(first, args.steps)
-    bar = tqdm(rest, "decoder", args.steps, initial=first, disable=parallel.rank() > 0)
+    quiet = parallel.rank() > 0
+    bar = tqdm(range(first, args.steps), "decoder", args.steps, initial=first, disable=quiet)
     for step in bar:
         rng = np.random.default_rng([args.seed, 2, step])
         indices, questions, answers = map(parallel.share, world.episodes(rng, args.batch, E, scenes))
@@ -296,7 +292,7 @@ def score(model, processor, bank, kind, episodes, shots):
     """Percent of the episodes whose last question is answered right behind its `shots` neighbours."""
     queries, icds = [], []
     for episode in zip(*episodes, strict=True):
-        examples = [sample(question, told, int(i)) for i, question, told in zip(*episode, strict=True)]
+        examples = [Sample(int(i), None, q, [a], a) for i, q, a in zip(*episode, strict=True)]
         queries.append(examples[-1])
         icds.append(examples[E - 1 - shots:E - 1])
     features = dict(enumerate(bank))
@@ -360,8 +356,7 @@ def write_results(model, seconds, args):
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     files.save_tensors(args.out / "model.safetensors", weights, {"format": "pt"})
     parallel.wait()
-    published = Idefics2.from_pretrained(args.out)              # what others get: bfloat16, computed in fp32
-    processor = Processor.from_pretrained(args.out)
+    published, processor = load_model(args.out)                 # what others get: bfloat16, computed in fp32
     table = make_table(published, processor, args.table_episodes, args.seed, min(args.bank, 2048))
     files.write_json(args.out / "table.json", table)
     facts = {"parameters": sum(x.numel() for x in weights.values()), "cores": os.cpu_count(),
