@@ -53,6 +53,9 @@ def answer(model, processor, dataset, queries, icds, shifts=None, features=None,
     shifts = shifts if shifts is not None else Shifts()
     template = shifts.template(template or processor.templates[task.task])
     ends = [] if template.separator else [processor.newline_id]
+    options = {"max_new_tokens": task.max_new_tokens, "num_beams": num_beams,
+               "length_penalty": length_penalty, "shifts": shifts, "end_ids": ends,
+               "banned_ids": processor.image_ids}
     model = shifts.student(model)
     if features is None or shifts.changes_vision:
         features = {}
@@ -67,9 +70,7 @@ def answer(model, processor, dataset, queries, icds, shifts=None, features=None,
         inputs = rows.inputs(model, seen)
         began = clock(model.device)
         with fits_into_memory("--eval-batch-size", batch_size):
-            ids = model.generate(**inputs, max_new_tokens=task.max_new_tokens, num_beams=num_beams,
-                                 length_penalty=length_penalty, shifts=shifts, end_ids=ends,
-                                 banned_ids=processor.image_ids)
+            ids = model.generate(**inputs, **options)
         seconds = clock(model.device) - began
         ms = 1000 * seconds / len(batch)
         texts = map(processor.decode, ids.tolist())
@@ -174,9 +175,9 @@ def sayer(args, model, processor):
     """`answer` with all that the options say → say(queries, icds, shifts, features), and its template."""
     templates = processor.official_templates if args.official else processor.templates
     template = templates[DATASETS[args.dataset].task]
-    say = partial(answer, model, processor, args.dataset, template=template,
-                  num_beams=args.num_beams, length_penalty=args.length_penalty,
-                  batch_size=args.eval_batch_size)
+    options = {"template": template, "num_beams": args.num_beams,
+               "length_penalty": args.length_penalty, "batch_size": args.eval_batch_size}
+    say = partial(answer, model, processor, args.dataset, **options)
     return say, template
 
 
@@ -231,8 +232,7 @@ def parse(argv):
     add("--run", metavar="FOLDER", help="a folder that train.py wrote: its adapter, model, data and seed")
     add("--method", choices=methods, help="what needs no training (default icl with --shots, else zero-shot)")
     add("--shots", type=number(int, 0), metavar="K",
-        help="ICDs before each query, or in the prompts that a vector is made of (default: the model's, 8 of "
-             "Idefics2; function-vector 10; with --run 0)")
+        help="ICDs before each query, or in a vector's prompts (default: the paper's; with --run 0)")
     add("--split", help="train, val or test, as the dataset has it (default: the dataset's own)")
     folder = early(["run"], argv).run
     if folder:

@@ -28,11 +28,11 @@ import torch
 from tqdm import tqdm
 
 import models
-from data import DATASETS, ICD, chunks, collate, draw, encode_images
+from data import DATASETS, ICD, collate, draw, encode_images
 from eval import report, sayer
 from mimic import MimIC, mixing_weight
 from model import KVCache, Shifts, attention, causal_mask, merge_heads, rope
-from support.files import InputError, fits_into_memory, run_command
+from support.files import InputError, chunks, fits_into_memory, run_command
 from support.options import Parser, add_common_arguments, number
 from support.parallel import join, world
 from support.results import already_finished, begin_run
@@ -48,13 +48,10 @@ class Watch(Shifts):
         return out
 
 
-def geometry(model, rows):
-    """cos, sin and mask (B,1,T,T) bool of every decoder layer on these rows."""
-    text = model.config.text
-    present = rows.attention_mask.to(model.device)
-    position_ids = (present.long().cumsum(-1) - 1).clamp(min=0)
-    cos, sin = rope(position_ids, text.head_dim, text.rope_theta, model.dtype)
-    return cos, sin, causal_mask(present, present.shape[1], text.sliding_window)
+def embed(model, rows, features):
+    """The states (B,T,d) below the first layer."""
+    inputs = rows.inputs(model, features)
+    return model.embed(inputs["input_ids"], inputs["image_features"])
 
 
 def enter(model, layer, x, rows, features):
@@ -65,17 +62,28 @@ def enter(model, layer, x, rows, features):
     return model.text_model.enter(layer, x, model.pictures(inputs["input_ids"], inputs["image_features"]))
 
 
-def advance(model, layer, x, rows, shifts, at=slice(None), cache=None):
-    """The states behind the layer (B,T,d) in the columns `at`; step 6, under the shifts that it has got."""
-    cos, sin, mask = geometry(model, rows)
-    seen = mask[:, :, at, :at.stop]
-    return model.text_model.layers[layer](layer, x[:, at], cos[:, :, at], sin[:, :, at], seen, shifts, cache)
+def advance(model, layer, x, rows, shifts, cache=None):
+    """The states behind the layer (B,T,d); step 6, under the shifts that it has got.  x (B,T,d): of the rows'
+    columns behind those in the cache."""
+    text = model.config.text
+    start = cache.lengths[layer] if cache else 0
+    present = rows.attention_mask[:, :start + x.shape[1]].to(model.device)
+    position_ids = (present.cumsum(-1) - 1).clamp(min=0)[:, start:]
+    cos, sin = rope(position_ids, text.head_dim, text.rope_theta, model.dtype)
+    mask = causal_mask(present, x.shape[1], text.sliding_window)
+    return model.text_model.layers[layer](layer, x, cos, sin, mask, shifts, cache)
 
 
-def behind_attention(model, layer, x, out):
-    """x + A, in fp32 at least, because Δ is a small difference.  x (B,T,d), out (B,H,T,D) → (B,T,d)."""
+def watched(model, layer, x, rows, cache=None):
+    """Step 2: x + A (B,T,d), q (B,H,T,D), k, log Z2 (B,H,T), and the states behind the layer without a shift.
+
+    x + A in fp32 at least, because Δ is a small difference."""
+    watch = Watch()
+    above = advance(model, layer, x, rows, watch, cache)
+    q, k, out, log_z2 = watch.seen
     exact = torch.promote_types(x.dtype, torch.float32)
-    return x.to(exact) + model.text_model.layers[layer].self_attn.o_proj(merge_heads(out)).to(exact)
+    added = model.text_model.layers[layer].self_attn.o_proj(merge_heads(out))
+    return x.to(exact) + added.to(exact), q, k, log_z2, above
 
 
 def teacher(model, layer, x, rows, T_q):
@@ -83,22 +91,12 @@ def teacher(model, layer, x, rows, T_q):
 
     Nobody asks for A_T and log Z1 of the columns before: they go first and leave their keys in a cache."""
     cache = KVCache(layer + 1, x.shape[1])
-    watch = Watch()
-    before = advance(model, layer, x, rows, Shifts(), slice(0, -T_q), cache)
-    last = advance(model, layer, x, rows, watch, slice(-T_q, None), cache)
-    q, k, out, _ = watch.seen
-    demonstrations = (rows.part == ICD)[:, None, None].to(model.device)
-    seen = geometry(model, rows)[2] & demonstrations
-    _, log_z1 = attention(q, k, k[..., :1], seen[:, :, -T_q:])
-    return behind_attention(model, layer, x[:, -T_q:], out), log_z1, torch.cat([before, last], 1)
-
-
-def student(model, layer, x, rows):
-    """Step 2: x_S + A_S (B,T,d), q (B,H,T,D) and log Z2 (B,H,T)."""
-    watch = Watch()
-    advance(model, layer, x, rows, watch)
-    q, _, out, log_z2 = watch.seen
-    return behind_attention(model, layer, x, out), q, log_z2
+    before = advance(model, layer, x[:, :-T_q], rows, Shifts(), cache)
+    h, q, k, _, last = watched(model, layer, x[:, -T_q:], rows, cache)
+    demonstrations = (rows.part == ICD).to(model.device)
+    seen = causal_mask(demonstrations, T_q, model.config.text.sliding_window)
+    _, log_z1 = attention(q, k, k[..., :1], seen)
+    return h, log_z1, torch.cat([before, last], 1)
 
 
 # ---- The regression of one layer
@@ -150,6 +148,7 @@ def unexplained(mu, v, delta, w_o):
     return (total - 2 * ((mu.T @ delta) * u).sum() + ((mu.T @ mu) * (u @ u.T)).sum()) / total
 
 
+@torch.no_grad()
 def refine(weight, bias, q, log_z2, delta, w_o, gram_o, iterations=100, penalty=1e-3):
     """Step 5: f that leaves the least of Δ, with the v that is best for it → weight, bias, v and μ̃ (N,H).
 
@@ -170,19 +169,17 @@ def refine(weight, bias, q, log_z2, delta, w_o, gram_o, iterations=100, penalty=
 
     def closure():
         optimiser.zero_grad()
-        with torch.enable_grad():
-            mu = mixing_weight(f_of(a, b, q), log_z2)
-            v = best_v(mu.detach(), delta, w_o, gram_o)
-            loss = unexplained(mu, v, delta, w_o) + penalty * a.pow(2).sum(-1).mean()
-            loss.backward()
-        return loss.detach()
+        mu = mixing_weight(f_of(a, b, q), log_z2)
+        v = best_v(mu.detach(), delta, w_o, gram_o)
+        loss = unexplained(mu, v, delta, w_o) + penalty * a.pow(2).sum(-1).mean()
+        loss.backward()
+        return loss
 
     optimiser = torch.optim.LBFGS([a, b], max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
-    optimiser.step(closure)
-    with torch.no_grad():
-        mu = mixing_weight(f_of(a, b, q), log_z2)
-        weight = torch.linalg.solve_triangular(lower.mT, a.unsqueeze(-1), upper=True).squeeze(-1)
-        return weight, b - (weight * q_mean).sum(-1), best_v(mu, delta, w_o, gram_o), mu
+    optimiser.step(closure)                                     # it turns gradients on for the closure
+    mu = mixing_weight(f_of(a, b, q), log_z2)
+    weight = torch.linalg.solve_triangular(lower.mT, a.unsqueeze(-1), upper=True).squeeze(-1)
+    return weight, b - (weight * q_mean).sum(-1), best_v(mu, delta, w_o, gram_o), mu
 
 
 def fit_layer(mimic, layer, q, log_z1, log_z2, delta, w_o):
@@ -197,9 +194,6 @@ def fit_layer(mimic, layer, q, log_z1, log_z2, delta, w_o):
         mu = torch.ones_like(mu)
     v = best_v(mu, delta, w_o, gram_o)
     start = end = 1 - unexplained(mu, v, delta, w_o)
-    if not torch.isfinite(start):
-        raise InputError(f"layer {layer}: expected a shift to fit, found one that is 0 or not finite (do the "
-                         "demonstrations lie within the model's attention window?)")
     if mimic.mu_of == "head":
         *refined, mu = refine(weight, bias, q, log_z2, delta, w_o, gram_o)
         explained = 1 - unexplained(mu, refined[2], delta, w_o)
@@ -226,22 +220,15 @@ def fit(model, mimic, drawn, features, tokens="all"):
     """Fits every layer of `mimic`, which is on the model's device → the share of Δ that each layer explains.
 
     drawn: lists of Batch, each the same queries with other demonstrations; features: of `encode_images`."""
-    text_model = model.text_model
     dtype = mimic.vector.dtype
-
-    def embed(rows):
-        inputs = rows.inputs(model, features)
-        return model.embed(inputs["input_ids"], inputs["image_features"])
-
-    queries = [batches[0].student for batches in drawn]
-    kept = [kept_tokens(batches[0], tokens).to(model.device) for batches in drawn]
-    x_S = [embed(rows) for rows in queries]
-    x_T = [[embed(batch.teacher) for batch in batches] for batches in drawn]
+    x_S = [embed(model, batches[0].student, features) for batches in drawn]
+    x_T = [[embed(model, batch.teacher, features) for batch in batches] for batches in drawn]
     shares = []
-    for layer in tqdm(range(len(text_model.layers)), desc="fit", unit="layer"):
+    for layer in tqdm(range(len(mimic.vector)), desc="fit", unit="layer"):
         found = []
         for c, batches in enumerate(drawn):
             # 1. Teacher: the mean over its draws.
+            kept = kept_tokens(batches[0], tokens).to(model.device)
             T_q = batches[0].T_q
             h_T = z1 = 0.0
             for n, batch in enumerate(batches):
@@ -251,21 +238,24 @@ def fit(model, mimic, drawn, features, tokens="all"):
                 z1 = z1 + z / len(batches)
 
             # 2. Student, and 3. target: of the tokens that are kept.
-            x_S[c] = enter(model, layer, x_S[c], queries[c], features)
-            h_S, q, z2 = student(model, layer, x_S[c], queries[c])
-            q = q[:, :, -T_q:].transpose(0, 1)[:, kept[c]]                                      # (H,n,D)
-            z1, z2 = (z[:, :, -T_q:].transpose(1, 2)[kept[c]] for z in (z1, z2))                # (n,H)
-            delta = (h_T - h_S[:, -T_q:])[kept[c]]                                              # (n,d)
+            rows = batches[0].student
+            x_S[c] = enter(model, layer, x_S[c], rows, features)
+            h_S, q, _, z2, _ = watched(model, layer, x_S[c], rows)
+            q = q[:, :, -T_q:].transpose(0, 1)[:, kept]                                         # (H,n,D)
+            z1, z2 = (z[:, :, -T_q:].transpose(1, 2)[kept] for z in (z1, z2))                   # (n,H)
+            delta = (h_T - h_S[:, -T_q:])[kept]                                                 # (n,d)
             found.append([x.to(dtype) for x in (q, z1, z2, delta)])
 
         # 4. Start, and 5. refine.
         q, *others = zip(*found, strict=True)
-        attn = text_model.layers[layer].self_attn
+        attn = model.text_model.layers[layer].self_attn
         w_o = attn.o_proj.weight.to(dtype).unflatten(1, (attn.n_heads, -1))
-        shares += fit_layer(mimic, layer, torch.cat(q, 1), *map(torch.cat, others), w_o)[1:]
+        _, share = fit_layer(mimic, layer, torch.cat(q, 1), *map(torch.cat, others), w_o)
+        shares.append(share)
 
         # 6. Advance.
-        x_S = [advance(model, layer, x, rows, mimic) for x, rows in zip(x_S, queries, strict=True)]
+        for c, batches in enumerate(drawn):
+            x_S[c] = advance(model, layer, x_S[c], batches[0].student, mimic)
     return shares
 
 
@@ -277,14 +267,11 @@ def parse(argv=None):
     add("--shots", type=number(int, 1), help="demonstrations of the teacher (default: as in train.py)")
     add("--draws", type=number(int, 0), default=0, metavar="N",
         help="sets of demonstrations that a query meets (default: 1,000 / samples, 10 at most)")
-    add("--batch-size", type=number(int, 1), default=4, help="queries at a time (default 4)")
     add("--tokens", choices=("all", "text", "answer"), default="all",
         help="where the fit looks: query and answer (default), these without image tokens, or the answer")
     add("--mu", dest="mu_of", choices=("head", "one"), default="head",
         help="one μ̃ a head (default), or μ̃ = 1, the vectors alone")
-    add("--compare", type=number(int, 0), nargs="*", default=[], metavar="K",
-        help="evaluate in-context learning too, with these shots; 0 = zero-shot (default: none)")
-    parser.set_defaults(method="mimic", z2="masked")
+    parser.set_defaults(method="mimic", z2="masked", compare=[])
     args = parser.parse(argv)
     if args.official:
         raise InputError("--official: expected the paper's MimIC, which alone can be fitted, found it")
@@ -313,16 +300,16 @@ def main(argv=None):
     mimic = MimIC.for_model(model, mu_of=args.mu_of)
     draws = args.draws or max(1, min(10, round(1000 / len(samples))))
     drawn = []
-    for queries in chunks(samples, args.batch_size):
+    for queries in chunks(samples, 4):
         sets = [draw(samples, queries, args.shots, f"{args.seed}-{n}") for n in range(draws)]
         drawn.append([collate(queries, icds, processor, template) for icds in sets])
     with fits_into_memory("--samples", len(samples)):
         shares = fit(model, mimic, drawn, features, args.tokens)
     seconds = time.perf_counter() - began
     print("explained of the shift, layer by layer: " + " ".join(f"{x:.2f}" for x in shares))
-    about = {name: vars(args)[name] for name in ("method", "dataset", "task", "shots", "seed")}
-    about["model"] = Path(args.model).resolve().name
-    mimic.save(folder / "mimic.safetensors", **about, torch=torch.__version__)
+    name = Path(args.model).resolve().name
+    mimic.save(folder / "mimic.safetensors", method=args.method, model=name, dataset=args.dataset,
+               task=args.task, shots=args.shots, seed=args.seed)
 
     # 3. Evaluation
     return report(args, folder, say, samples, asked, split, mimic, features, seconds)

@@ -60,8 +60,8 @@ def together(call, *arguments):
     try:
         call(*arguments)
     except RuntimeError as e:
-        raise InputError(f"torchrun: expected {world()} processes at work, found that one has ended "
-                         f"({str(e).splitlines()[0]:.100}); the same command with --resume goes on") from None
+        raise InputError(f"torchrun: expected {world()} processes at work, found that one has ended; the "
+                         f"same command with --resume goes on ({str(e):.60})".replace("\n", " ")) from None
 
 
 def add(tensors):

@@ -343,8 +343,8 @@ FILES = {
                                     "whose vector is (6, 8, 16) as for this model, found (2, 8, 16)"),
     "an adapter of another method": (R, holds(save({"W": torch.zeros(2, 128)})), "a MimIC adapter, found: no 'vector'"),
     "an adapter of options that are none": (R, header(lambda h: h["__metadata__"].update(z2="half")), "z2 'half'"),
-    "arguments cut": ("run/args.json", cut(0.5), "complete JSON"),
-    "arguments of a list": ("run/args.json", holds([1]), "arguments of a run of train.py"),
+    "arguments cut": ("run/args.json", cut(0.5), "the arguments of a run"),
+    "arguments of a list": ("run/args.json", holds([1]), "the arguments of a run"),
     "arguments of another method": ("run/args.json", changed(lambda c: c.update(method="x")), "--method 'x'"),
     "arguments of words for numbers": ("run/args.json", changed(lambda c: c.update(samples="many")), "--samples 'many'"),
     "arguments of an unknown dataset": ("run/args.json", changed(lambda c: c.update(dataset="x")), "--dataset 'x'"),
@@ -436,6 +436,11 @@ def test_numbers_that_cannot_be(main, words, tmp_path, capsys):
 def test_an_option_of_another_method_is_refused(words, capsys):
     found = complaint(train.main, ["--method", *words.split()], capsys)
     check(found, [f"expected options that --help names, found {words.split()[1]}"])
+
+
+@pytest.mark.parametrize("words", ["mimic --share-icds", "hificl"])
+def test_official_is_for_what_the_official_code_has(words, capsys):
+    check(complaint(train.main, ["--official", "--method", *words.split()], capsys), ["--official: expected"])
 
 
 def test_a_loss_that_is_no_number_stops_training_and_names_step_and_samples(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 import pytest
+
 from metrics.chair import caption_objects, chair, read_synonyms, singular
 from support.files import InputError
 from tools import score

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -17,6 +15,7 @@ import eval as evaluation
 import models
 import train
 from data import Sample, load
+from experiments import layerwise, table
 from support.files import InputError
 from support.options import MOVED
 from support.results import ALSO, SAME, Unfinished, read_predictions
@@ -183,9 +182,8 @@ def test_an_adapter_of_another_model_is_refused(okvqa_run, tmp_path, shared):
         evaluation.main(["--run", str(okvqa_run), "--model", str(tmp_path / "other")])
 
 
-def command(*words, **environment):
-    return subprocess.run([sys.executable, *map(str, words)], cwd=REPOSITORY, capture_output=True, text=True,
-                          env=os.environ | environment)
+def command(*words):
+    return subprocess.run([sys.executable, *map(str, words)], cwd=REPOSITORY, capture_output=True, text=True)
 
 
 def test_a_users_mistake_is_one_line_and_exit_status_2(shared, tiny_folder, tmp_path):
@@ -203,7 +201,7 @@ def test_a_users_mistake_is_one_line_and_exit_status_2(shared, tiny_folder, tmp_
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])
 def test_help_is_documentation_of_two_screens(script):
-    text = command(script, "--help", COLUMNS="110").stdout
+    text = command(script, "--help").stdout
     assert "--dataset" in text and "default" in text and f"python {script}" in text and len(text.splitlines()) <= 100
 
 
@@ -224,7 +222,7 @@ def test_a_number_or_device_that_cannot_be_is_refused_before_any_work(main, word
     assert not (tmp_path / "run").exists()
 
 
-def test_shots_mean_in_context_learning_and_with_a_run_demonstrations_back_in_its_prompts(tiny_folder, shared, okvqa_run, tmp_path):
+def test_shots_mean_in_context_learning_and_of_a_run_demonstrations_back_in_its_prompts(tiny_folder, shared, okvqa_run, tmp_path):
     words = ["--shots", "2", "--limit", "1", "--data", str(shared / "data"), "--out", str(tmp_path)]
     rows = [evaluation.main([*words, "--dataset", "okvqa", "--model", str(tiny_folder)])]
     rows += [evaluation.main([*words, "--run", str(okvqa_run)])]
@@ -243,33 +241,25 @@ def test_odd_line_separators_in_a_prediction_do_not_break_the_files(tmp_path):
     assert [x["prediction"] for x in read_predictions(tmp_path / "predictions.jsonl")] == ["\u2029"] * 2
 
 
-def test_live_trains_through_the_same_command(tiny_folder, shared, tmp_path):
-    rows = run_train("okvqa", tiny_folder, shared, tmp_path / "live", "--method", "live", "--limit", "2", "--epochs", "2")
-    assert rows[-1]["method"] == "live" and rows[-1]["parameters"] == 3 * (64 + 1)
-    again = evaluation.main(["--run", str(tmp_path / "live"), "--limit", "2", "--out", str(tmp_path / "again")])
-    assert again["method"] == "live"
+@pytest.mark.parametrize("dataset", ["okvqa", "coco"])
+def test_a_layer_wise_fit_runs_on_real_pictures_and_its_run_is_evaluated_again(dataset, either_folder, shared, tmp_path):
+    """Questions of different lengths, an instruction before the demonstrations, rows padded on the left."""
+    rows = layerwise.main(["--dataset", dataset, "--model", str(either_folder), "--data", str(shared / "data"), "--shots", "2",
+                           "--limit", "3", "--samples", "6", "--num-beams", "2", "--out", str(tmp_path / "fit")])
+    again = evaluation.main(["--run", str(tmp_path / "fit"), "--limit", "3", "--out", str(tmp_path / "again")])
+    assert again["score"] == rows[-1]["score"] and rows[-1]["train_seconds"] > 0
 
 
-def test_a_run_with_shared_demonstrations_learns_the_toy(tmp_path):
-    """Zero-shot gets 0 there."""
-    rows = train.main(["--share-icds", "--samples", "200", "--dev-samples", "0", "--limit", "50", "--epochs", "4", "--compare",
-                       "--out", str(tmp_path / "run")])
-    assert rows[-1]["score"] > 5
-    with pytest.raises(InputError, match="no --share-icds"):
-        train.parse(["--share-icds", "--official"])
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the others' malloc has no such knob")
-def test_freed_memory_is_kept_for_the_next_tensors():
-    """Page faults of tensors of 1, 2, … 30 MB, each freed before the next: every page once, or every time."""
-    code = """if True:
-        import resource, sys, torch
-        from support.kernels import keep_freed
-        if sys.argv[1] == "keep":
-            keep_freed()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for megabytes in range(1, 31):
-            torch.ones(megabytes * 2 ** 18)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    faults = {how: int(command("-c", code, how).stdout) for how in ("keep", "plain")}
-    assert faults["keep"] < faults["plain"] / 4, faults
+def test_the_table_runs_on_a_dataset_and_says_why_a_method_has_no_score(either_folder, shared, tmp_path, monkeypatch):
+    """The random model answers nothing right, so there is no function vector of it; the other rows are there all the same."""
+    monkeypatch.setattr(table, "METHODS", {"zero-shot": "eval", "ICL": "eval --shots 2", "MimIC": "train --epochs 1 --shots 2",
+                                           "Function Vector": "eval --method function-vector --shots 2"})
+    words = ["--dataset", "okvqa", "--model", str(either_folder), "--data", str(shared / "data"), "--limit", "2",
+             "--samples", "8", "--dev-samples", "2", "--seed", "0"]
+    rows = table.main([*words, "--out", str(tmp_path / "table")])
+    assert [r["method"] for r in rows if "vqa_accuracy" in r] == ["zero-shot", "ICL", "MimIC"]
+    lines = (tmp_path / "table/table.md").read_text().splitlines()
+    assert lines[0].count("|") == 7 and lines[5].startswith("| Function Vector | – | – |")
+    assert lines[-1].startswith("Function Vector: ") and "expected" in lines[-1]
+    with pytest.raises(InputError, match="expected a model folder"):
+        table.main([*words, "--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "other")])

@@ -1,0 +1,1 @@
+"""Questions asked of the method: python -m experiments.NAME."""

@@ -1,0 +1,1 @@
+"""Scores of answers and captions: strings in, numbers out."""

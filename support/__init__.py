@@ -1,0 +1,1 @@
+"""No paper in here: files, options, processes, pictures, kernels."""

@@ -1,0 +1,1 @@
+"""Chores on files: python -m tools.NAME."""
