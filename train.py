@@ -202,7 +202,7 @@ def parse(argv=None):
             parser.set_defaults(lr=kind.toy_lr)
     if "--official" in argv:
         if kind.official is None or "--share-icds" in argv:
-            raise InputError("--official: expected a method of the official code and no --share-icds")
+            raise InputError(f"--official: expected a method it has, no --share-icds, found {' '.join(argv)}")
         parser.set_defaults(align_on="ffn", align_norm=False, ce_on="sequence", **kind.official)
     args = parser.parse(argv)
     if args.dtype == "float16":

@@ -1,7 +1,7 @@
 """What MimIC is compared with, a file each, read only when somebody asks for one."""
 
 from mimic import MimIC
-from support.files import InputError
+from support.files import reading
 
 
 def adapters():
@@ -26,15 +26,9 @@ def untrained():
 
 
 def load_adapter(path, method, model):
-    """The method's adapter in that file, on the model's device. Raises InputError if it was made for another
-    model."""
+    """The method's adapter in that file, on the model's device. Raises InputError if it is another model's."""
     kind = adapters()[method]
     adapter = kind.load(path).to(model.device)
-    expected = kind.for_model(model, **adapter.options)
-    shapes, wanted = ({name: tuple(p.shape) for name, p in a.named_parameters()} for a in (adapter, expected))
-    for name in wanted | shapes:
-        if shapes.get(name) != wanted.get(name):
-            found = f"{shapes.get(name, 'none')}"
-            raise InputError(f"{path}: expected an adapter whose {name} is {wanted.get(name, 'not there')} as for "
-                             f"this model, found {found}")
+    with reading(path, "an adapter of this model's sizes"):
+        kind.for_model(model, **adapter.options).load_state_dict(adapter.state_dict())
     return adapter

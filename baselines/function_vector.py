@@ -6,11 +6,10 @@
     inference, no demonstrations:  h_l(last token) ← h_l(last token) + v    one layer l, chosen on dev
 
 v is added in every pass of generation: to the prompt's last token, then to each generated one. Clean prompts:
-100 training samples behind 10 demonstrations, such as the model gets right: the answer's first token is the
-one it finds most probable (Todd's rule; it fits captions too). The 25 shuffled prompts have queries of these,
-new demonstrations, and those demonstrations' answers permuted. A patched head changes nothing but the last
-token, so all before it is computed once a prompt, and the heads are rows of a batch of single tokens: exact
-and cheap.
+100 training samples behind 10 demonstrations, such that the answer's first token is the one that the model
+finds most probable. The 25 shuffled prompts have queries of these, new demonstrations, and those
+demonstrations' answers permuted. A patched head changes nothing but the last token, so all before it is
+computed once a prompt, and the heads are rows of a batch of single tokens.
 """
 
 import copy
@@ -21,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from baselines.task_vector import TaskVector, best_layer
-from data import ANSWER, chunks, encode_images, pick_icds, prompts, row
+from data import ANSWER, chunks, draw, encode_images, prompts, row
 from model import KVCache, Shifts
 from support.files import InputError
 
@@ -38,9 +37,7 @@ class FunctionVector(TaskVector):
     def patched(self, last):
         return last + self.vector.to(last)
 
-    @property
-    def while_decoding(self):
-        return self
+    while_decoding = Shifts.while_decoding
 
     @classmethod
     @torch.no_grad()
@@ -61,7 +58,7 @@ class FunctionVector(TaskVector):
         order = random.Random(f"{seed}-clean").sample(pool, len(pool))
         for asked in tqdm(chunks(order, batch_size), desc="clean prompts", unit="batch"):
             reader = HeadReader()
-            prompt = inputs(asked, [pick_icds(pool, q, shots, f"{seed}-clean-{q.id}") for q in asked])
+            prompt = inputs(asked, draw(pool, asked, shots, f"{seed}-clean"))
             states = model.hidden_states(**prompt, shifts=reader, last=1)
             said = model.lm_head(states[:, -1]).argmax(-1).tolist()
             new = [i for i, q in enumerate(asked) if said[i] == first_token(q)][:PROMPTS - len(right)]
@@ -78,7 +75,7 @@ class FunctionVector(TaskVector):
         effects = 0.0
         shuffled = right[:SHUFFLED]
         for query in tqdm(shuffled, desc="indirect effects", unit="prompt"):
-            icds = pick_icds(pool, query, shots, f"{seed}-shuffled-{query.id}")
+            icds, = draw(pool, [query], shots, f"{seed}-shuffled")
             targets = random.Random(f"{seed}-targets-{query.id}").sample([s.target for s in icds], shots)
             icds = [replace(s, target=target) for s, target in zip(icds, targets, strict=True)]
             effect = indirect_effects(model, inputs([query], [icds]), first_token(query), values)

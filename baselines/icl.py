@@ -7,8 +7,8 @@ class ICL:
     """eval.py --method icl."""
     shots, least = None, 1        # demonstrations by default (None = the model's), and at least
 
-    @classmethod
-    def prepare(cls, model, processor, template, pool, queries, shots, seed, batch_size, dev_score):
+    @staticmethod
+    def prepare(model, processor, template, pool, queries, shots, seed, batch_size, dev_score):
         """→ the demonstrations of every query, and no shifts."""
         return draw(pool, queries, shots, seed), None
 
@@ -17,7 +17,6 @@ class ZeroShot:
     """eval.py --method zero-shot."""
     shots, least = 0, 0
 
-    @classmethod
-    def prepare(cls, model, processor, template, pool, queries, shots, seed, batch_size, dev_score):
-        """→ no demonstrations for any query, and no shifts."""
+    @staticmethod
+    def prepare(model, processor, template, pool, queries, shots, seed, batch_size, dev_score):
         return [[]] * len(queries), None

@@ -3,8 +3,7 @@
     h ← (h + α·v) · ‖h‖ / ‖h + α·v‖        h: a layer's FFN output, v (d) and α (scalar) learnt for that layer
     L_align = KL(p_teacher ‖ p_student)    mean over the answer's tokens; the teacher reads demonstrations too
 
-Source: LIVE's code as MimIC's authors run it, on the FFN's output of both Idefics models; settings as there:
-v ~ N(0, 0.01²), α = 0.1, the scale's learning rate twice the vector's.
+As MimIC's authors run its code: v ~ N(0, 0.01²), α = 0.1, the scale's learning rate twice the vector's.
 """
 
 from argparse import BooleanOptionalAction
@@ -32,10 +31,6 @@ class LIVE(Adapter):
         return cls(c.num_hidden_layers, c.hidden_size).to(model.device)
 
     @staticmethod
-    def sizes(tensors):
-        return *tensors["alpha"].shape, tensors["vector"].shape[-1]
-
-    @staticmethod
     def add_arguments(group):
         group.add_argument("--kl-late", action=BooleanOptionalAction, default=False,
                            help="the KL misses the distribution of the answer's first token (official code)")
@@ -58,7 +53,6 @@ class LIVE(Adapter):
         ce = lm_loss(model, states, student["input_ids"], getattr(batch, ce_on).to(model.device))
         if not lambda_align:
             return torch.zeros_like(ce), ce
-
         T_q = batch.T_q
         answer = batch.answer[:, -T_q:].to(model.device)
         read = answer if kl_late else F.pad(answer[:, 1:], (0, 1))         # column t is predicted from t − 1

@@ -3,9 +3,9 @@
     y = W x + (α/r) · B A x̃     W (d_out,d_in) frozen, A (r,d_in), B (d_out,r); B = 0 at start: base model
                                 x̃: x under dropout while training, else x
 
-on the q, k, v and o projections; scope="text": of the decoder; scope="all": of every module with such a name,
-the vision tower's (its out_proj has another) and the connector's too, as the official code's search by name
-finds them. Start of A: uniform within ±1/√d_in, as in the paper's code. Trained by the LM loss alone.
+on the q, k, v and o projections; scope "text": of the decoder; "all": of every module with such a name, the
+vision tower's (its out_proj has another) and the connector's too (official code). At start A is uniform within
+±1/√d_in, as in the paper's code. Trained by the LM loss alone.
 """
 
 import copy
@@ -34,14 +34,12 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         y = self.linear(x)
-        x = x.to(self.A.dtype)
-        x = F.dropout(x, self.dropout) if self.dropout else x
+        x = F.dropout(x.to(self.A.dtype), self.dropout)
         return y + (self.scale * (x @ self.A.T @ self.B.T)).to(y.dtype)
 
 
 def rebuilt(module, new, name=""):
-    """The module with new[name] in the place of each descendant of that name. Only the modules above them are
-    copied, and no tensor: all else is the very same object."""
+    """The module with new[name] in the place of each descendant of that name. Only the modules above are copies."""
     if name in new:
         return new[name]
     children = {n: rebuilt(m, new, f"{name}.{n}" if name else n) for n, m in module._modules.items()}
@@ -63,9 +61,8 @@ class LoRA(Adapter):
 
     def __init__(self, shapes, rank, alpha, dropout, targets, scope):
         super().__init__()
-        if any(ranks != [rank, rank] for _, *ranks, _ in shapes.values()):
-            raise ValueError(f"A and B that are not of rank {rank}")
-        if rank < 1 or not 0 < alpha < 1e6 or not 0 <= dropout < 1 or scope not in ("text", "all"):
+        fits = all(ranks == [rank, rank] for _, *ranks, _ in shapes.values())
+        if not fits or not 0 < alpha < 1e6 or not 0 <= dropout < 1 or scope not in ("text", "all"):
             raise ValueError(f"rank {rank}, alpha {alpha}, dropout {dropout}, scope {scope!r}")
         self.rank = rank
         self.alpha = alpha
@@ -95,8 +92,6 @@ class LoRA(Adapter):
     @staticmethod
     def sizes(tensors):
         names = [key[2:] for key in tensors if key.startswith("A.")]
-        if not names:
-            raise ValueError("no A and B")
         return [{name: (*tensors[f"B.{name}"].shape, *tensors[f"A.{name}"].shape) for name in names}]
 
     @staticmethod
@@ -107,25 +102,12 @@ class LoRA(Adapter):
         group.add_argument("--scope", choices=("text", "all"), default="text",
                            help="where: the decoder (default), or all of the model (official code)")
 
-    def replaced(self, model, make):
-        """A second model with make(linear, A, B) in the place of each linear; it shares all other modules."""
-        names = {key: key.replace("/", ".") for key in self.A}
-        return rebuilt(model, {name: make(model.get_submodule(name), self.A[key], self.B[key])
-                               for key, name in names.items()})
-
     def student(self, model):
-        """The model with this LoRA; gradients reach A and B."""
-        scale = self.alpha / self.rank
+        """A second model with a LoRALinear in the place of each linear; it shares all other modules."""
         dropout = self.dropout if self.training else 0.0
-        return self.replaced(model, lambda linear, A, B: LoRALinear(linear, A, B, scale, dropout))
-
-    @torch.no_grad()
-    def merge(self, model):
-        """The model with W + (α/r)·BA as weights, which costs nothing at inference."""
-        def merged(linear, A, B):
-            change = self.alpha / self.rank * (B @ A)
-            weight = linear.weight + change.to(linear.weight.dtype)
-            linear = copy.copy(linear)
-            linear._parameters = linear._parameters | {"weight": nn.Parameter(weight, requires_grad=False)}
-            return linear
-        return self.replaced(model, merged)
+        new = {}
+        for key, A in self.A.items():
+            name = key.replace("/", ".")
+            linear = model.get_submodule(name)
+            new[name] = LoRALinear(linear, A, self.B[key], self.alpha / self.rank, dropout)
+        return rebuilt(model, new)

@@ -3,8 +3,7 @@
     [<s>; x_1 … x_T]  →  [<s>; p_1 … p_n; x_1 … x_T]        p (n,d): n tokens more to read, for every query
 
 The prompt gets n placeholder tokens right behind <s>, and `after_embedding` puts p in the place of their
-embeddings: positions, masks and caches know them as tokens like others. p starts as the embeddings of n words
-drawn from the vocabulary, and is trained by the LM loss alone.
+embeddings. p starts as the embeddings of n words drawn from the vocabulary, and is trained by the LM loss.
 """
 
 from dataclasses import replace
@@ -38,10 +37,6 @@ class PromptTuning(Adapter):
     @property
     def options(self):
         return {"n": len(self.vector), "pad_id": self.pad_id}
-
-    @staticmethod
-    def sizes(tensors):
-        return tensors["vector"].shape
 
     def template(self, template):
         return replace(template, instruction=PLACEHOLDER * len(self.vector) + template.instruction)

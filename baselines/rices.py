@@ -3,10 +3,8 @@
     z(image) = mean over valid patches of the vision tower's last states, divided by its L2 norm
     demonstrations = the k training samples with the largest z(image) · z(query's image)
 
-The most similar one stands right before the query; with rices-first, at the beginning. Equally similar
-samples, as two questions about one picture, rank as they stand in the pool. The query itself is never shown;
-another question about its own picture may be, which concerns `--split train` alone. ms_per_query does not
-include the search.
+The most similar one stands right before the query; with rices-first, at the beginning. The query itself is
+never shown; another question about its own picture may be. ms_per_query does not include the search.
 """
 
 from functools import partial
@@ -28,13 +26,11 @@ def image_vector(model, pixel_values, pixel_mask):
 
 
 def nearest(pool, queries, shots, vectors):
-    """For every query the `shots` samples of the pool with the nearest pictures, the most similar first.
-
-    vectors: image id → z (d_vision)."""
+    """For every query the `shots` samples of the pool with the nearest pictures, the most similar first, of
+    equals the first in the pool. vectors: image id → z (d_vision)."""
     ids = list(dict.fromkeys(s.image_id for s in pool))      # a picture is compared once, so that all of its
     images = torch.stack([vectors[i] for i in ids])          # questions are equally similar, to the last bit
-    place = {image_id: i for i, image_id in enumerate(ids)}
-    places = [place[s.image_id] for s in pool]
+    places = [ids.index(s.image_id) for s in pool]
 
     def ranked(query):
         similarity = (images @ vectors[query.image_id])[places]                          # one a sample

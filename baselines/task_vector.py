@@ -4,9 +4,7 @@
     inference, no demonstrations:  h_l(last token of the prompt) ← θ_l    one layer l, chosen on dev
 
 h_l: the state after layer l. Dummy queries are training samples, each behind demonstrations of its own. The
-prompt alone is patched: the tokens generated after it are ordinary, but the cache that they read was made by
-the layers above l from θ_l. What the last token knows of the query at layer l is lost; what the other tokens
-know, the layers above l can still attend to.
+prompt alone is patched. What the other tokens know of the query, the layers above l can still attend to.
 """
 
 import random
@@ -15,7 +13,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from data import chunks, encode_images, pick_icds, prompts
+from data import chunks, draw, encode_images, prompts
 from mimic import Adapter, Recorder
 from model import Shifts
 
@@ -55,11 +53,10 @@ class TaskVector(Adapter):
         """→ no demonstrations for any query, and the task vector; dev_score chooses the layer."""
         features = encode_images(model, processor, pool, {}, "encode images")
         dummies = random.Random(f"{seed}-dummies").sample(pool, min(DUMMIES, len(pool)))
-        icds = {q.id: pick_icds(pool, q, shots, f"{seed}-dummy-{q.id}") for q in dummies}
-        batches = [prompts(some, [icds[q.id] for q in some], processor, template)
+        batches = [prompts(some, draw(pool, some, shots, f"{seed}-dummy"), processor, template)
                    for some in chunks(dummies, batch_size)]
-        theta = mean_states(model, features, batches)
-        candidates = [cls(state, layer) for layer, state in enumerate(theta)]
+        states = mean_states(model, features, batches)
+        candidates = [cls(state, layer) for layer, state in enumerate(states)]
         return [[]] * len(queries), best_layer("task-vector", candidates, dev_score)
 
 

@@ -1,24 +1,20 @@
 """MimIC without backpropagation: every layer's f and v fitted to the shift that demonstrations really cause.
 
     python -m experiments.layerwise --samples 50               # the toy; data, model and run as in train.py
-    python eval.py --run runs/toy-layerwise                    # the folder is like one of train.py
     python train.py --init runs/toy-layerwise --epochs 1       # a little training from there
 
-The identity (mimic.py) says what MimIC has to add at every head. So run two models layer by layer, the
-teacher, who reads {demonstrations, query}, and the student, who reads the query alone under the shifts found
-so far, and fit each layer before going up:
+The identity (mimic.py) says what MimIC has to add at every head. So the teacher, who reads {demonstrations,
+query}, and the student, who reads the query alone, go through the model layer by layer:
 
     1. teacher   x_T, its states before the layer;  A_T, what attention adds;  log Z1 of the demonstrations
     2. student   x_S, under the shifts of the layers below;  A_S;  q;  log Z2
-    3. target    Δ = (x_T + A_T) − (x_S + A_S):  what to add behind attention so that the student's stream is
-                 the teacher's, with all that the layers below have missed
+    3. target    Δ = (x_T + A_T) − (x_S + A_S), which makes the student's stream the teacher's
     4. start     f by ridge regression of log Z1 on [q; 1];  v by least squares of Σ_h μ̃_h W_o^h v_h on Δ
     5. refine    f by L-BFGS on the same squared error; the best v of every f is known in closed form
     6. advance   both, the student with the layer's new shift
 
-Forward passes only: no gradient crosses the model and no label loss is used. Several draws of demonstrations
-for a query enter through their mean, which is all that least squares sees of them. The states of all samples
-between two layers stay on the device. Letters as in mimic.py; N kept tokens.
+Forward passes only, no label in any loss. Several draws of demonstrations for a query enter through their
+mean, which is all that least squares sees of them. Letters as in mimic.py; N kept tokens.
 """
 
 import time
@@ -34,7 +30,7 @@ from mimic import MimIC, mixing_weight
 from model import KVCache, Shifts, attention, causal_mask, merge_heads, rope
 from support.files import InputError, chunks, fits_into_memory, run_command
 from support.options import Parser, add_common_arguments, number
-from support.parallel import join, world
+from support.parallel import join, wait
 from support.results import already_finished, begin_run
 from train import choose_samples
 
@@ -42,16 +38,9 @@ from train import choose_samples
 # ---- The streams, one layer at a time
 class Watch(Shifts):
     """Keeps what a layer's attention has worked with."""
-
     def after_attention(self, layer, q, k, out, lse):
         self.seen = q, k, out, lse
         return out
-
-
-def embed(model, rows, features):
-    """The states (B,T,d) below the first layer."""
-    inputs = rows.inputs(model, features)
-    return model.embed(inputs["input_ids"], inputs["image_features"])
 
 
 def enter(model, layer, x, rows, features):
@@ -63,8 +52,7 @@ def enter(model, layer, x, rows, features):
 
 
 def advance(model, layer, x, rows, shifts, cache=None):
-    """The states behind the layer (B,T,d); step 6, under the shifts that it has got.  x (B,T,d): of the rows'
-    columns behind those in the cache."""
+    """Step 6: the states behind the layer (B,T,d).  x (B,T,d): of the columns behind those in the cache."""
     text = model.config.text
     start = cache.lengths[layer] if cache else 0
     present = rows.attention_mask[:, :start + x.shape[1]].to(model.device)
@@ -75,9 +63,8 @@ def advance(model, layer, x, rows, shifts, cache=None):
 
 
 def watched(model, layer, x, rows, cache=None):
-    """Step 2: x + A (B,T,d), q (B,H,T,D), k, log Z2 (B,H,T), and the states behind the layer without a shift.
-
-    x + A in fp32 at least, because Δ is a small difference."""
+    """Step 2: x + A (B,T,d), in fp32 at least, because Δ is a small difference; q (B,H,T,D); k; log Z2
+    (B,H,T); the states behind the layer, without a shift."""
     watch = Watch()
     above = advance(model, layer, x, rows, watch, cache)
     q, k, out, log_z2 = watch.seen
@@ -87,9 +74,8 @@ def watched(model, layer, x, rows, cache=None):
 
 
 def teacher(model, layer, x, rows, T_q):
-    """Step 1: x_T + A_T (B,T_q,d) and log Z1 (B,H,T_q) of the last columns; the layer's output (B,T,d).
-
-    Nobody asks for A_T and log Z1 of the columns before: they go first and leave their keys in a cache."""
+    """Step 1: x_T + A_T (B,T_q,d) and log Z1 (B,H,T_q) of the last columns; the layer's output (B,T,d). The
+    columns before, of which nobody asks for them, go first and leave their keys in a cache."""
     cache = KVCache(layer + 1, x.shape[1])
     before = advance(model, layer, x[:, :-T_q], rows, Shifts(), cache)
     h, q, k, _, last = watched(model, layer, x[:, -T_q:], rows, cache)
@@ -106,9 +92,8 @@ def f_of(weight, bias, q):
 
 
 def start_f(q, log_z1, ridge=1e-3):
-    """Step 4, f: each head's ridge regression of log Z1 on [q; 1].
-
-    q (H,N,D), log_z1 (N,H) → weight (H,D), bias (H)."""
+    """Step 4, f: each head's ridge regression of log Z1 on [q; 1].  q (H,N,D), log_z1 (N,H) → weight (H,D),
+    bias (H)."""
     q_mean = q.mean(1)
     z_mean = log_z1.mean(0)
     gram = covariance(q, q_mean) * q.shape[1]
@@ -132,8 +117,7 @@ def best_v(mu, delta, w_o, gram_o, ridge=1e-6):
     """Step 4, v: argmin_v Σ_n ‖Σ_h μ̃_nh W_o^h v_h − Δ_n‖².
 
     mu (N,H), delta (N,d), w_o (d,H,D), gram_o: `normal_o` → v (H,D). Block (h,h') of the normal equations is
-    (Σ_n μ̃_h μ̃_h') · W_o^hᵀ W_o^h': no matrix has both N and H·D rows and columns. ridge: times the mean of
-    their diagonal, so that unused heads get v = 0."""
+    (Σ_n μ̃_h μ̃_h') · W_o^hᵀ W_o^h'. ridge: times the mean of their diagonal; unused heads get v = 0."""
     H, D = w_o.shape[1:]
     gram = ((mu.T.double() @ mu.double())[:, None, :, None] * gram_o).reshape(H * D, H * D)
     gram.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-30))
@@ -150,13 +134,11 @@ def unexplained(mu, v, delta, w_o):
 
 @torch.no_grad()
 def refine(weight, bias, q, log_z2, delta, w_o, gram_o, iterations=100, penalty=1e-3):
-    """Step 5: f that leaves the least of Δ, with the v that is best for it → weight, bias, v and μ̃ (N,H).
+    """Step 5: f that leaves the least of Δ, with the v that is best for it → weight, bias, v, share of Δ.
 
-    The error of a pair (f, best v of f) has the gradient that it has at that v held fixed (variable
-    projection, up to best_v's ridge), so L-BFGS walks over f alone; over the coordinates in which a head's
-    queries are white, where the variance of f is a plain square. penalty: on that variance, mean over heads;
-    without it heads saturate early and stay in worse minima. q (H,N,D), a layer's largest tensor, is made
-    white in place."""
+    The error of (f, best v of f) has the gradient that it has at that v held fixed (variable projection), so
+    L-BFGS walks over f alone, in coordinates in which a head's queries are white: q (H,N,D) is made so in
+    place. penalty: on the variance of f; without it heads saturate early and stay in worse minima."""
     q_mean = q.mean(1)
     spread = covariance(q, q_mean)
     variances = spread.diagonal(dim1=1, dim2=2)
@@ -178,28 +160,26 @@ def refine(weight, bias, q, log_z2, delta, w_o, gram_o, iterations=100, penalty=
     optimiser = torch.optim.LBFGS([a, b], max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
     optimiser.step(closure)                                     # it turns gradients on for the closure
     mu = mixing_weight(f_of(a, b, q), log_z2)
+    v = best_v(mu, delta, w_o, gram_o)
     weight = torch.linalg.solve_triangular(lower.mT, a.unsqueeze(-1), upper=True).squeeze(-1)
-    return weight, b - (weight * q_mean).sum(-1), best_v(mu, delta, w_o, gram_o), mu
+    return weight, b - (weight * q_mean).sum(-1), v, 1 - unexplained(mu, v, delta, w_o)
 
 
 def fit_layer(mimic, layer, q, log_z1, log_z2, delta, w_o):
-    """Steps 4 and 5: sets the layer's f and v → the shares of Δ explained at the start and in the end.
-
-    q (H,N,D), overwritten; log_z1, log_z2 (N,H); delta (N,d); w_o (d,H,D): fp32 or fp64, all alike."""
+    """Steps 4 and 5: sets the layer's f and v → the shares of Δ explained at the start and in the end.  q
+    (H,N,D), overwritten; log_z1, log_z2 (N,H); delta (N,d); w_o (d,H,D): fp32 or fp64, all alike."""
     gram_o = normal_o(w_o)
     weight, bias = start_f(q, log_z1)
     mu = mixing_weight(f_of(weight, bias, q), log_z2)
-    if mimic.mu_of == "one":                                    # the control: the vector alone, without f
-        weight, bias = 0 * weight, 0 * bias
+    if mimic.mu_of == "one":                                    # the control: the vector alone, f is not read
         mu = torch.ones_like(mu)
     v = best_v(mu, delta, w_o, gram_o)
     start = end = 1 - unexplained(mu, v, delta, w_o)
     if mimic.mu_of == "head":
-        *refined, mu = refine(weight, bias, q, log_z2, delta, w_o, gram_o)
-        explained = 1 - unexplained(mu, refined[2], delta, w_o)
-        if explained > start:
+        *refined, share = refine(weight, bias, q, log_z2, delta, w_o, gram_o)
+        if share > start:
             weight, bias, v = refined
-            end = explained
+            end = share
     mimic.f_weight.data[layer] = weight
     mimic.f_bias.data[layer] = bias
     mimic.vector.data[layer] = v
@@ -218,11 +198,14 @@ def kept_tokens(batch, tokens):
 @torch.no_grad()
 def fit(model, mimic, drawn, features, tokens="all"):
     """Fits every layer of `mimic`, which is on the model's device → the share of Δ that each layer explains.
-
     drawn: lists of Batch, each the same queries with other demonstrations; features: of `encode_images`."""
+    def embed(rows):
+        inputs = rows.inputs(model, features)
+        return model.embed(inputs["input_ids"], inputs["image_features"])
+
     dtype = mimic.vector.dtype
-    x_S = [embed(model, batches[0].student, features) for batches in drawn]
-    x_T = [[embed(model, batch.teacher, features) for batch in batches] for batches in drawn]
+    x_S = [embed(batches[0].student) for batches in drawn]
+    x_T = [[embed(batch.teacher) for batch in batches] for batches in drawn]
     shares = []
     for layer in tqdm(range(len(mimic.vector)), desc="fit", unit="layer"):
         found = []
@@ -250,8 +233,7 @@ def fit(model, mimic, drawn, features, tokens="all"):
         q, *others = zip(*found, strict=True)
         attn = model.text_model.layers[layer].self_attn
         w_o = attn.o_proj.weight.to(dtype).unflatten(1, (attn.n_heads, -1))
-        _, share = fit_layer(mimic, layer, torch.cat(q, 1), *map(torch.cat, others), w_o)
-        shares.append(share)
+        shares += fit_layer(mimic, layer, torch.cat(q, 1), *map(torch.cat, others), w_o)[1:]
 
         # 6. Advance.
         for c, batches in enumerate(drawn):
@@ -260,7 +242,7 @@ def fit(model, mimic, drawn, features, tokens="all"):
 
 
 # ---- Command line
-def parse(argv=None):
+def main(argv=None):
     parser = Parser(__doc__, "python -m experiments.layerwise")
     add_common_arguments(parser, argv, DATASETS)
     add = parser.add_argument_group("fit").add_argument
@@ -277,15 +259,8 @@ def parse(argv=None):
         raise InputError("--official: expected the paper's MimIC, which alone can be fitted, found it")
     args.shots = args.shots or models.of(args.model)[0].shots
     args.out = args.out or f"runs/{args.dataset}-layerwise"
-    return args
-
-
-def main(argv=None):
-    args = parse(argv)
-    device = join(args.device)
     folder = Path(args.out)
-    if world() > 1:
-        raise InputError(f"a layer-wise fit: expected one process, found {world()}")
+    device = join(args.device)
 
     # 1. Samples, model, features
     samples, _, asked, split = choose_samples(args)
@@ -307,9 +282,9 @@ def main(argv=None):
         shares = fit(model, mimic, drawn, features, args.tokens)
     seconds = time.perf_counter() - began
     print("explained of the shift, layer by layer: " + " ".join(f"{x:.2f}" for x in shares))
-    name = Path(args.model).resolve().name
-    mimic.save(folder / "mimic.safetensors", method=args.method, model=name, dataset=args.dataset,
-               task=args.task, shots=args.shots, seed=args.seed)
+    mimic.save(folder / "mimic.safetensors", method=args.method, model=Path(args.model).resolve().name,
+               dataset=args.dataset, task=args.task, shots=args.shots, seed=args.seed)
+    wait()                                                     # until process 0 has written the file
 
     # 3. Evaluation
     return report(args, folder, say, samples, asked, split, mimic, features, seconds)

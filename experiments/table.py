@@ -3,18 +3,18 @@
     python -m experiments.table                                  # both toys, three seeds
     python -m experiments.table --dataset okvqa --model FOLDER --data FOLDER --limit 500 --seeds 0
 
---out gets table.md, table.json and a folder a run. What is there is not made again, so an interrupted table
+--out gets table.md and a folder a run. What is there is not made again, so an interrupted table
 goes on. Options that train.py and eval.py share (--limit, --samples, --num-beams …) are passed on to every
 run. Scores are mean ± standard deviation over tasks and seeds; the dev split chooses the epoch.
 """
 
+import multiprocessing
 import os
 import statistics
-import sys
 import threading
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -24,11 +24,11 @@ import eval as evaluation
 import train
 from data import DATASETS
 from experiments import layerwise
-from support.files import InputError, run_command, write_json, write_text
+from support.files import InputError, chunks, run_command, write_text
 from support.options import Parser, add_common_arguments, number
-from support.results import METRICS
+from support.results import METRICS, read_rows
 
-METHODS = {                       # row → what is run for it; see `run`
+METHODS = {                       # row → the command that makes it; see `run`
     "zero-shot": "eval",
     "8-shot ICL": "eval --shots 8",
     "RICES, 8 shots": "eval --method rices",
@@ -49,119 +49,97 @@ COSTS = {"parameters": ",", "prompt_tokens": ".0f", "ms_per_query": ".1f", "trai
 
 
 # ---- Many runs
-def run(dataset, commands, task, seed, out, common=()):
-    """The commands of a row, or what is left of them → the last one's row of results.json.
-
-    commands: "train --method lora" or "fit …; train …"; FIT in them is a folder between the two. common:
-    options that all of them take."""
-    size = ["--eval-batch-size", "64"] if DATASETS[dataset].toy else []
-    where = ["--dataset", dataset, "--task", str(task), "--seed", str(seed), "--out", str(out)]
+def run(rows, options, folder, name, task, seed):
+    """The command rows[name] → its row of results.json; one without a score, but with the reason, where a
+    method has no use for the dataset or the model."""
+    program, *words = rows[name].split()
+    out = Path(folder) / name.replace(", ", "-").replace(" ", "-") / f"task{task}-seed{seed}"
+    words = [*options, "--task", str(task), "--seed", str(seed), "--out", str(out), "--resume", *words]
+    if program == "train":
+        words.append("--compare")                              # with nothing: the table has rows for that
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        for command in commands.split("; "):
-            name, *options = [f"{out}/fit" if word == "FIT" else word for word in command.split()]
-            compared = [] if name == "eval" else ["--compare"]
-            found = COMMANDS[name]([*size, *common, *where, *options, "--resume", *compared])
-    return found if name == "eval" else found[-1]
+        try:
+            COMMANDS[program](words)
+        except InputError as e:
+            return {"score": None, "reason": str(e)}
+    return read_rows(out / "results.json")[-1]
 
 
 def end_with_parent():
     """A worker ends with a command that was killed: where it writes, the command's next call goes on."""
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
+    def wait():
+        multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
 
 
-def run_all(rows, dataset, tasks, seeds, workers, out, common=()):
-    """→ {row: {(task, seed): row of results.json}}, `workers` runs at a time; an InputError instead where
-    a method has no use for the dataset or the model. rows: row → commands of `run`."""
-    found = {name: {} for name in rows}
-    jobs = {}
+def run_all(rows, dataset, args, options):
+    """→ {row: what `run` gives for every task and seed}, `args.workers` runs at a time. Raises InputError if
+    none has a score.  rows: row → command; options: of every run."""
+    workers = args.workers or (os.cpu_count() if DATASETS[dataset].toy else 1)
+    jobs = list(product(rows, args.tasks, args.seeds))
+    run_one = partial(run, rows, [*options, "--dataset", dataset], f"{args.out}/{dataset}")
     with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
-        for task, seed, name in product(tasks, seeds, rows):
-            folder = Path(out) / name.replace(", ", "-").replace(" ", "-") / f"task{task}-seed{seed}"
-            job = pool.submit(run, dataset, rows[name], task, seed, folder, common)
-            jobs[job] = name, task, seed
-        try:
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc=dataset, unit="run"):
-                name, task, seed = jobs[job]
-                error = job.exception()
-                found[name][task, seed] = error if isinstance(error, InputError) else job.result()
-        except BaseException:                                  # do not start what waits
-            pool.shutdown(cancel_futures=True)
-            raise
-    return found
+        making = pool.map(run_one, *zip(*jobs, strict=True))
+        found = list(tqdm(making, total=len(jobs), desc=dataset, unit="run"))
+    if all("reason" in r for r in found):
+        raise InputError(found[0]["reason"])
+    per_row = len(args.tasks) * len(args.seeds)
+    return dict(zip(rows, chunks(found, per_row), strict=True))
 
 
-def add_arguments(parser, out, tasks):
-    """Options of a command that makes many runs."""
-    add = parser.add_argument
-    add("--tasks", "--task", type=number(int, 0), nargs="+", default=tasks, metavar="N",
-        help=f"hidden rules of the toy (default {' '.join(map(str, tasks))})")
-    add("--seeds", "--seed", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default 0 1 2)")
-    add("--workers", type=number(int, 1), metavar="N",
-        help="runs at a time (default: of toys one a core, else 1)")
-    add("--out", default=out, metavar="FOLDER", help="(default %(default)s)")
-    add("--resume", action="store_true", help="(it goes on without being told to, too)")
-
-
-def markdown(rows):
-    """Lists of cells, the head first → the text of a table."""
-    head, *others = ["| " + " | ".join(cells) + " |" for cells in rows]
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *others]) + "\n"
-
-
-# ---- The table of methods
-def compare(datasets, tasks, seeds, workers, out, common=()):
-    """Every method on datasets of different metrics → the rows of table.json. A method without a score has
-    its reason below the table."""
-    found = {}
-    for d in datasets:
-        folder = Path(out) / d / "methods"
-        found[DATASETS[d].metric] = run_all(METHODS, d, tasks, seeds, workers, folder, common)
-    titles = [METRICS[metric] for metric in found]
-    lines = [["method", "parameters", *titles, "prompt tokens", "ms / query", "train s"]]
-    rows, reasons = [], []
-    for name in METHODS:
+# ---- One table
+def compare(rows, datasets, args, options):
+    """A row a command, on datasets of different metrics → what the rows say. One without a score has its
+    reason below the table."""
+    found = {DATASETS[d].metric: run_all(rows, d, args, options) for d in datasets}
+    lines = [["method", "parameters", *map(METRICS.get, found), "prompt tokens", "ms / query", "train s"]]
+    means = []
+    reasons = []
+    for name in rows:
         row = {"method": name}
         scores = []
         for metric, by_name in found.items():
-            runs = by_name[name].values()
-            reasons += [f"{name}: {r}" for r in runs if isinstance(r, InputError)][:1]
-            runs = [r for r in runs if not isinstance(r, InputError) and r["score"] is not None]
+            reasons += [f"{name}: {r['reason']}" for r in by_name[name] if "reason" in r][:1]
+            runs = [r for r in by_name[name] if r["score"] is not None]
             if runs:
                 row[metric] = statistics.fmean(r["score"] for r in runs)
                 row[f"{metric}_sd"] = statistics.pstdev(r["score"] for r in runs)
                 row = {key: statistics.mean(r[key] for r in runs) for key in COSTS} | row
             scores.append(f"{row[metric]:.1f} ± {row[metric + '_sd']:.1f}" if runs else "–")
-        rows.append(row)
+        means.append(row)
         parameters, *costs = (format(row[key], form) if key in row else "–" for key, form in COSTS.items())
         lines.append([name, parameters, *scores, *costs])
-    if len(reasons) == len(METHODS) * len(datasets):
-        raise InputError(reasons[0])
-    text = "\n".join([markdown(lines), *reasons]).rstrip("\n") + "\n"
-    write_json(Path(out) / "table.json", rows)
-    write_text(Path(out) / "table.md", text)
+    lines.insert(1, ["---"] * len(lines[0]))
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    text = "\n".join([text, "", *reasons]).rstrip() + "\n"
+    write_text(f"{args.out}/table.md", text)
     print(text)
-    return rows
+    return means
+
+
+def parse(parser, argv, tasks):
+    """→ arguments of a command that makes many runs, and the options of every run. Raises InputError for one
+    that not all commands take."""
+    add = parser.add_argument
+    add("--dataset", choices=DATASETS, help="(default: the toys)")
+    add("--tasks", "--task", type=number(int, 0), nargs="+", default=tasks, metavar="N",
+        help=f"hidden rules of the toy (default {' '.join(map(str, tasks))})")
+    add("--seeds", "--seed", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default 0 1 2)")
+    add("--workers", type=number(int, 1), help="runs at a time (default: of toys one a core, else 1)")
+    add("--out", default=f"runs/{parser.prog.split('.')[-1]}", metavar="FOLDER", help="(default %(default)s)")
+    args, options = parser.parse_known_args(argv)
+    shared = Parser(__doc__, parser.prog)
+    add_common_arguments(shared, argv, DATASETS)
+    shared.parse(options)
+    return args, options
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(__doc__, "python -m experiments.table")
-    parser.add_argument("--dataset", choices=DATASETS, help="(default: toy and toy-caption)")
-    add_arguments(parser, "runs/table", [0])
-    args, common = parser.parse_known_args(argv)
-    shared = Parser(__doc__, parser.prog)
-    add_common_arguments(shared, argv, DATASETS)
-    shared.parse(common)                                       # refuses what only one of the commands takes
+    args, options = parse(Parser(__doc__, "python -m experiments.table"), argv, [0])
     datasets = [args.dataset] if args.dataset else ["toy", "toy-caption"]
-    workers = args.workers or (os.cpu_count() if DATASETS[datasets[0]].toy else 1)
-    return compare(datasets, args.tasks, args.seeds, workers, args.out, common)
+    return compare(METHODS, datasets, args, options)
 
 
 if __name__ == "__main__":

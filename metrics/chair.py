@@ -3,14 +3,12 @@
     CHAIRs = captions that invent / captions      CHAIRi = invented mentions / mentions
     recall = Σ |truth ∩ mentioned| / Σ |truth|
 
-A caption mentions an object by a word or pair of words of a synonym list,
-a line of which is: node, synonym, …
+A caption mentions an object by a word or pair of words of a synonym list with lines `node, synonym, …`.
 """
 
 import re
 
-ALIKE = ["bird", "cat", "dog", "horse", "sheep", "cow",
-         "elephant", "bear", "zebra", "giraffe", "animal", "cub"]
+ALIKE = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split()
 TWO_WORDS = [                         # read as one, so that a "hot dog" is no dog and "home plate" no plate
     "air plane", "motor bike", "motor cycle", "train track", "traffic light", "traffic signal",
     "street light", "stop light", "stop sign", "fire hydrant", "parking meter", "suit case",
@@ -30,21 +28,16 @@ PLURALS = [                           # endings in the plural and in the singula
 
 
 def read_synonyms(text: str) -> dict[str, str]:
-    """The synonym list → {word or pair of words: its node, the first of its line}; of two lines the later.
-
-    Raises ValueError if there is no line."""
+    """The synonym list → {word or pair of words: its node, the first of its line}; of two lines the later."""
     nodes = {}
     for line in text.splitlines():
         words = [word.strip() for word in line.split(",") if word.strip()]
         nodes |= {word: words[0] for word in words}
-    if not nodes:
-        raise ValueError("expected lines of the form 'node, synonym, synonym', found none")
     return nodes
 
 
 def singular(word: str, known: set[str]) -> str:
-    """The singular of a word in lower case if it is one of the `known` words, else the word as it is: CHAIR
-    needs no more of a singulariser."""
+    """The singular of a word in lower case if it is one of the `known` words, else the word as it is."""
     if word in known or len(word) < 3:
         return word
     for plural, one in PLURALS:
@@ -72,20 +65,11 @@ def caption_objects(caption: str, nodes: dict[str, str]) -> list[str]:
 def chair(captions: list[str], truths: list[set[str]], nodes: dict[str, str]) -> dict[str, float]:
     """CHAIRs, CHAIRi and recall in [0, 1] of captions against the nodes that are in their pictures: those of
     the instance annotations and of the reference captions. Without any mention CHAIRi is 0, without any truth
-    recall.
-
-    Raises ValueError if there is no caption, or not one truth a caption."""
-    if not captions or len(captions) != len(truths):
-        raise ValueError("chair needs 1 set of objects for each caption: "
-                         f"got {len(captions)} captions, {len(truths)} sets")
-    mentions, invented, inventing, found = 0, 0, 0, 0
-    for caption, truth in zip(captions, truths, strict=True):
-        mentioned = caption_objects(caption, nodes)
-        wrong = [node for node in mentioned if node not in truth]
-        mentions += len(mentioned)
-        invented += len(wrong)
-        inventing += len(wrong) > 0
-        found += len(truth & set(mentioned))
-    return {"chair_s": inventing / len(captions),
-            "chair_i": invented / max(1, mentions),
+    recall. Raises ValueError unless there is one truth a caption."""
+    said = [caption_objects(caption, nodes) for caption in captions]
+    both = list(zip(said, truths, strict=True))
+    invented = [[node for node in mentioned if node not in truth] for mentioned, truth in both]
+    found = sum(len(truth & set(mentioned)) for mentioned, truth in both)
+    return {"chair_s": sum(map(bool, invented)) / len(captions),
+            "chair_i": sum(map(len, invented)) / max(1, sum(map(len, said))),
             "recall": found / max(1, sum(map(len, truths)))}

@@ -103,112 +103,79 @@ def expand(pattern: str) -> str:
     return pattern
 
 
-def plain(token: str) -> str:
-    return token
-
-
-def drop(token: str) -> str:
-    return ""
-
-
-def no_soft_hyphen(token: str) -> str:
-    return token.replace("\xad", "")
-
-
-def hard_space(token: str) -> str:
-    """Blanks inside a token become no-break spaces; str.split() splits there later, as in pycocoevalcap."""
-    return token.replace(" ", "\xa0")
-
-
-def round_brackets(token: str) -> str:
-    return token.replace("(", "-lrb-").replace(")", "-rrb-")
-
-
-def phone(token: str) -> str:
-    return hard_space(round_brackets(token))
-
-
-def ampersand(token: str) -> str:
-    return re.sub("(?i:&amp;)", "&", token)
-
-
-def quotes(token: str) -> str:
-    """Directed quotes in LaTeX style. They vanish as punctuation later; others („) and pairs (’”) stay."""
-    token = re.sub("&apos;|[\x92’›]", "'", token)
-    token = re.sub("[\x91‘‛‹]", "`", token)
-    token = re.sub('["\x94”»]|&quot;', "''", token)
-    return re.sub("[\x93“«]", "``", token)
-
-
-def symbol(token: str) -> str:
-    """Signs with a spelling of their own, and a run of hyphens, which is a dash up to four."""
-    spelling = {"¢": "cents", "£": "#", "€": "$", "¤": "$", "₠": "$", "\x80": "$",
-                "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
-                "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
-                "---": "", "----": "", "&lt;": "<", "&gt;": ">"}
-    return spelling.get(token.lower(), token)
-
-
+# What becomes of a token: (pattern, what replaces it), one after the other.
+PLAIN = ()
+DROP = ((".+", ""),)
+SOFT_HYPHEN = (("\xad", ""),)
+BLANK = ((" ", "\xa0"),)         # str.split() splits there later, as in pycocoevalcap
+ROUND = ((r"\(", "-lrb-"), (r"\)", "-rrb-"))
+AMPERSAND = (("(?i:&amp;)", "&"),)
+QUOTES = (                       # directed ones in LaTeX style; others („) and pairs (’”) stay
+    ("&apos;|[\x92’›]", "'"), ("[\x91‘‛‹]", "`"), ('["\x94”»]|&quot;', "''"), ("[\x93“«]", "``"))
+SYMBOL = (                       # signs with a spelling of their own, and a run of hyphens, a dash up to four
+    ("¢", "cents"), ("£", "#"), ("[€¤₠\x80]", "$"), ("¼", "1/4"), ("½", "1/2"), ("¾", "3/4"), ("⅓", "1/3"),
+    ("⅔", "2/3"), *ROUND, (r"\[", "-lsb-"), (r"\]", "-rsb-"), ("{", "-lcb-"), ("}", "-rcb-"), ("^-{3,4}$", ""),
+    ("(?i:&lt;)", "<"), ("(?i:&gt;)", ">"))
 RULES = [  # (what becomes of the token, the token[, what must follow it])
-    (plain, "(?i:can)", "(?i:not)"), (plain, "(?i:gon|wan)", "(?i:na)"), (plain, "(?i:got)", "(?i:ta)"),
-    (plain, "(?i:lem|gim)", "(?i:me)"), (plain, "<APOS>(?i:t)", "(?i:is|was)"),
+    (PLAIN, "(?i:can)", "(?i:not)"), (PLAIN, "(?i:gon|wan)", "(?i:na)"), (PLAIN, "(?i:got)", "(?i:ta)"),
+    (PLAIN, "(?i:lem|gim)", "(?i:me)"), (PLAIN, "<APOS>(?i:t)", "(?i:is|was)"),
     # tags, entities
-    (hard_space, "<TAG>"), (drop, "&(?i:md|mdash|ndash);|[\x96\x97\u2013-\u2015]"), (ampersand, "(?i:&amp;)"),
-    (plain, "&(?i:ht|tl|ur|lr|qc|ql|qr|odq|cdq|#[0-9]+);"),
+    (BLANK, "<TAG>"), (DROP, "&(?i:md|mdash|ndash);|[\x96\x97\u2013-\u2015]"), (AMPERSAND, "(?i:&amp;)"),
+    (PLAIN, "&(?i:ht|tl|ur|lr|qc|ql|qr|odq|cdq|#[0-9]+);"),
     # words, and words with an apostrophe
-    (no_soft_hyphen, "<WORD>", "<AUX>"), (no_soft_hyphen, "[A-Za-z\xad]*[A-MO-Za-mo-z]\xad*", "<NOT>"),
-    (no_soft_hyphen, "<WORD>"),
-    (plain, "(?i:<APOS>n<APOS>?|(?:dunkin|somethin|ol)<APOS>|<APOS>(?:em|[2-9]0s|till?|cause)|c<APOS>mon"
+    (SOFT_HYPHEN, "<WORD>", "<AUX>"), (SOFT_HYPHEN, "[A-Za-z\xad]*[A-MO-Za-mo-z]\xad*", "<NOT>"),
+    (SOFT_HYPHEN, "<WORD>"),
+    (PLAIN, "(?i:<APOS>n<APOS>?|(?:dunkin|somethin|ol)<APOS>|<APOS>(?:em|[2-9]0s|till?|cause)|c<APOS>mon"
             r"|o<APOS>clock|cont<APOS>d\.?|nor<APOS>easter|e<APOS>er|s<APOS>mores|ev<APOS>ry|li<APOS>l"
             r"|nat<APOS>l|d<APOS>ye|o<TICK>o)"),
-    (plain, "[lLdDjJ]<APOS>"), (plain, "[A-HJ-XZn]<TICK><L>{2,}"),
-    (plain, "<L>+[aeiouyAEIOUY]<TICK>[aeiouA-Z]<L>*"),
-    (plain, "[yY]<APOS>", "<L>"),
+    (PLAIN, "[lLdDjJ]<APOS>"), (PLAIN, "[A-HJ-XZn]<TICK><L>{2,}"),
+    (PLAIN, "<L>+[aeiouyAEIOUY]<TICK>[aeiouA-Z]<L>*"),
+    (PLAIN, "[yY]<APOS>", "<L>"),
     # addresses; ",-_" is a range, a slip of the original, so a bare domain has neither capitals nor digits
-    (plain, r"""(?i:https?)://[^ \t\n\f\r"<>|(){}]+<URLEND>"""),
-    (plain, r"""(?i:www)\.(?:[^ \t\n\f\r"<>|.!?(){},]+\.)+?[a-zA-Z]{2,4}<PATH>"""),  # lazy: a path goes on
-    (plain, r"""(?i:www)\.(?:[^ \t\n\f\r"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}"""),
-    (plain, r"""(?:[^ \t\n\f\r"`'<>|!(){},-_$]+\.)+(?i:com|net|org|edu)<PATH>?"""),
-    (plain, r"""(?:(?i:&lt;)|<)?[a-zA-Z0-9][^ \t\n\f\r"<>|(){}\xa0]*@(?:[^ \t\n\f\r"<>|().{}\xa0]+\.)*"""
+    (PLAIN, r"""(?i:https?)://[^ \t\n\f\r"<>|(){}]+<URLEND>"""),
+    (PLAIN, r"""(?i:www)\.(?:[^ \t\n\f\r"<>|.!?(){},]+\.)+?[a-zA-Z]{2,4}<PATH>"""),  # lazy: a path goes on
+    (PLAIN, r"""(?i:www)\.(?:[^ \t\n\f\r"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}"""),
+    (PLAIN, r"""(?:[^ \t\n\f\r"`'<>|!(){},-_$]+\.)+(?i:com|net|org|edu)<PATH>?"""),
+    (PLAIN, r"""(?:(?i:&lt;)|<)?[a-zA-Z0-9][^ \t\n\f\r"<>|(){}\xa0]*@(?:[^ \t\n\f\r"<>|().{}\xa0]+\.)*"""
             r"""[^ \t\n\f\r"<>|().{}\xa0]+(?:(?i:&gt;)|>)?"""),
-    (plain, "@[a-zA-Z_][a-zA-Z_0-9]*|#<CHAR>+"), (plain, r"[Cc]\+\+|[CcFf]#"),
-    (quotes, "<AUX>|<NOT>", "[^A-Za-z]"),
+    (PLAIN, "@[a-zA-Z_][a-zA-Z_0-9]*|#<CHAR>+"), (PLAIN, r"[Cc]\+\+|[CcFf]#"),
+    (QUOTES, "<AUX>|<NOT>", "[^A-Za-z]"),
     # dates, numbers, fractions, years
-    (plain, "<D>{1,2}[-/]<D>{1,2}[-/]<D>{2,4}"),
-    (no_soft_hyphen, "[-+]?(?:<D>*(?:[.:,\xad\u066b\u066c]<D>+)+|<D>+)"),
-    (plain, "[\u207a\u207b\u208a\u208b]?(?:[\u2070\xb9\xb2\xb3\u2074-\u2079]+|[\u2080-\u2089]+)"),
-    (hard_space, r"(?:<D>{1,4}[- \xa0])?<D>{1,4}(?:\\?/|\u2044)<D>{1,4}"),
-    (symbol, "[\xbc-\xbe\u2153-\u215e]"),
-    (ampersand, "(?i:-[lr][rcs]b-|c[.]d[.]s|pro-|anti-|s(?:&|&amp;)(?:p-500|ls)|cap<APOS>n|c<APOS>est)"),
-    (plain, "<APOS>[0-9]{2}", "<SN>"), (no_soft_hyphen, r"<WORD>\.", "<PAUSE>"),
-    (phone, r"(?:\([0-9]{2,3}\)[ \xa0]?|(?:\+\+?)?(?:[0-9]{2,4}[- \xa0])?[0-9]{2,4}[- \xa0])"
+    (PLAIN, "<D>{1,2}[-/]<D>{1,2}[-/]<D>{2,4}"),
+    (SOFT_HYPHEN, "[-+]?(?:<D>*(?:[.:,\xad\u066b\u066c]<D>+)+|<D>+)"),
+    (PLAIN, "[\u207a\u207b\u208a\u208b]?(?:[\u2070\xb9\xb2\xb3\u2074-\u2079]+|[\u2080-\u2089]+)"),
+    (BLANK, r"(?:<D>{1,4}[- \xa0])?<D>{1,4}(?:\\?/|\u2044)<D>{1,4}"),
+    (SYMBOL, "[\xbc-\xbe\u2153-\u215e]"),
+    (AMPERSAND, "(?i:-[lr][rcs]b-|c[.]d[.]s|pro-|anti-|s(?:&|&amp;)(?:p-500|ls)|cap<APOS>n|c<APOS>est)"),
+    (PLAIN, "<APOS>[0-9]{2}", "<SN>"), (SOFT_HYPHEN, r"<WORD>\.", "<PAUSE>"),
+    (BLANK + ROUND, r"(?:\([0-9]{2,3}\)[ \xa0]?|(?:\+\+?)?(?:[0-9]{2,4}[- \xa0])?[0-9]{2,4}[- \xa0])"
             r"[0-9]{3,4}[- \xa0]?[0-9]{3,5}"
             r"|(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}"),
-    (drop, "'", "[A-Za-z][^ \t\n\r\xa0]"),
+    (DROP, "'", "[A-Za-z][^ \t\n\r\xa0]"),
     # abbreviations keep their full stop; one that ends a sentence as well is read again and removed
-    (plain, "<ABBR>", "<SN>(?:<SN>|[A-Z]|<TAG>)"), (plain, "<ABBR>", r"[\s\S]{2}"), (plain, "<ABBR>"),
-    (plain, "[A-Za-z]", r"\.<NEXT>"), (plain, r"<ACRONYM>\.", "<NEXT>"),
-    (plain, r"<TITLE>\."), (plain, "<TITLE>", "<SN>"),
-    (plain, rf"(?i:{either(BEFORE_NUMBERS)})\.", "<SN>?<D>"),
-    (plain, r"(?i:pp?t[ye]s?|co)\.", "<S>(?i:ltd|lim)"),
-    (plain, rf"<CD>+(?:\.<CD>+)*\.(?i:{either(FILES)})", "<SN>|[.?!,]"),
+    (PLAIN, "<ABBR>", "<SN>(?:<SN>|[A-Z]|<TAG>)"), (PLAIN, "<ABBR>", r"[\s\S]{2}"), (PLAIN, "<ABBR>"),
+    (PLAIN, "[A-Za-z]", r"\.<NEXT>"), (PLAIN, r"<ACRONYM>\.", "<NEXT>"),
+    (PLAIN, r"<TITLE>\."), (PLAIN, "<TITLE>", "<SN>"),
+    (PLAIN, rf"(?i:{either(BEFORE_NUMBERS)})\.", "<SN>?<D>"),
+    (PLAIN, r"(?i:pp?t[ye]s?|co)\.", "<S>(?i:ltd|lim)"),
+    (PLAIN, rf"<CD>+(?:\.<CD>+)*\.(?i:{either(FILES)})", "<SN>|[.?!,]"),
     # compounds
-    (plain, r"<HYPHENED>\.", "<PAUSE>"), (plain, "<HYPHENED>"),
-    (ampersand, r"<FIRM>\.", "<PAUSE>"), (ampersand, "<FIRM>"), (plain, r"<SIDE>(?:\\?/<SIDE>){1,2}"),
-    (no_soft_hyphen, r"<COMPOUND>\.", "<PAUSE>"), (no_soft_hyphen, "<COMPOUND>"),
+    (PLAIN, r"<HYPHENED>\.", "<PAUSE>"), (PLAIN, "<HYPHENED>"),
+    (AMPERSAND, r"<FIRM>\.", "<PAUSE>"), (AMPERSAND, "<FIRM>"), (PLAIN, r"<SIDE>(?:\\?/<SIDE>){1,2}"),
+    (SOFT_HYPHEN, r"<COMPOUND>\.", "<PAUSE>"), (SOFT_HYPHEN, "<COMPOUND>"),
     # smileys; in the second ".[^x=" begins another slip: it runs to the next "<>]"
-    (round_brackets, r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", "[^A-Za-z0-9]"),
-    (round_brackets, r"[\^x=~<>]\.\[\^[xX]=(?:(?!<>)[^\n])*<>\]|[-^x=~<>']_[-^x=~<>']"
-                     r"|\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)"),
+    (ROUND, r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", "[^A-Za-z0-9]"),
+    (ROUND, r"[\^x=~<>]\.\[\^[xX]=(?:(?!<>)[^\n])*<>\]|[-^x=~<>']_[-^x=~<>']"
+            r"|\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)"),
     # signs
-    (plain, "<<|>>"), (symbol, "[<>]|(?i:&[lg]t;)|-+"), (drop, r"\.{3,5}|(?:\.[ \xa0]){2,4}\.|[\x85\u2026]"),
-    (plain, r"@+|_+|#+|[?!]+"), (plain, r"\*+|(?:\\\*){1,3}"),
-    (quotes, "[`\u2018-\u201f\x91-\x94\u2039\u203a\xab\xbb]{1,2}|''|<APOS>|\"|(?i:&quot;)"),
-    (quotes, "<AUX>|<NOT>"), (plain, r"[A-Z]*\$"),
-    (symbol, r"[\xa2-\xa5\x80\u20a0\u20ac\u060b\u0e3f\u20a4\uffe0\uffe1\uffe5\uffe6()\[\]{}]"),
-    (plain, f"[{''.join(SYMBOLS)}]"), (plain, "\n"), (drop, "<S>+|(?i:&nbsp;)"),
+    (PLAIN, "<<|>>"), (SYMBOL, "[<>]|(?i:&[lg]t;)|-+"), (DROP, r"\.{3,5}|(?:\.[ \xa0]){2,4}\.|[\x85\u2026]"),
+    (PLAIN, r"@+|_+|#+|[?!]+"), (PLAIN, r"\*+|(?:\\\*){1,3}"),
+    (QUOTES, "[`\u2018-\u201f\x91-\x94\u2039\u203a\xab\xbb]{1,2}|''|<APOS>|\"|(?i:&quot;)"),
+    (QUOTES, "<AUX>|<NOT>"), (PLAIN, r"[A-Z]*\$"),
+    (SYMBOL, r"[\xa2-\xa5\x80\u20a0\u20ac\u060b\u0e3f\u20a4\uffe0\uffe1\uffe5\uffe6()\[\]{}]"),
+    (PLAIN, f"[{''.join(SYMBOLS)}]"), (PLAIN, "\n"), (DROP, "<S>+|(?i:&nbsp;)"),
 ]
-COMPILED = [(edit, re.compile(expand(f"({token})(?:{''.join(ahead)})"))) for edit, token, *ahead in RULES]
+COMPILED = [(edits, re.compile(expand(f"({token})(?:{''.join(ahead)})"))) for edits, token, *ahead in RULES]
 # Nearly all text is words between blanks, which only the rule for words can touch. Whole runs of them are
 # taken in one bite, which stops at words that are split in two and at words that may keep their full stop.
 SPLIT = "cannot|gonna|gotta|lemme|gimme|wanna"
@@ -217,18 +184,6 @@ WORDS = re.compile(rf"(?:(?!(?i:{SPLIT})[^A-Za-z])[A-Za-z]+(?:,? *\n|,? +)"
                    rf"|(?!(?i:{STOPPED})\.)[A-Za-z]+\.(?: *\n| +(?=[A-Za-z])))+")
 # "-LRB-" stands in the original list, too, where it comes too late.
 REMOVED = {"", "'", "''", "`", "``", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
-
-
-def longest_match(text: str, at: int) -> tuple[re.Match | None, Callable[[str], str]]:
-    """What the rules take at a position, and what becomes of it."""
-    best = None
-    change = plain
-    for edit, rule in COMPILED:
-        match = rule.match(text, at)
-        if match and (best is None or match.end() > best.end()):
-            best = match
-            change = edit
-    return best, change
 
 
 def ptb_tokenize(texts: list[str]) -> list[str]:
@@ -247,13 +202,16 @@ def ptb_tokenize(texts: list[str]) -> list[str]:
             tokens.append(run[0].replace(",", "").replace(".", "").lower())
             at = run.end()
             continue
-        match, change = longest_match(text, at)
-        if match is None:                                   # a character the tokenizer does not know
+        matches = [(match, edits) for edits, rule in COMPILED if (match := rule.match(text, at))]
+        if not matches:                                     # a character the tokenizer does not know
             at += 1
             continue
-        token = change(match[1]).lower()
-        if token not in REMOVED:
-            tokens.append(token)
+        match, edits = max(matches, key=lambda found: found[0].end())           # of equals the first
+        token = match[1]
+        for old, new in edits:
+            token = re.sub(old, new, token)
+        if token.lower() not in REMOVED:
+            tokens.append(token.lower())
         at = match.end(1)
     lines = " ".join(tokens).split("\n")[:-1]
     return [" ".join(filter(None, line.rstrip().split(" "))) for line in lines]

@@ -27,6 +27,7 @@ from data import OFFICIAL_TEMPLATES, TEMPLATES, Processor
 from model import (
     Config,
     Idefics2,
+    PerceiverConfig,
     RMSNorm,
     SwiGLU,
     TextConfig,
@@ -55,12 +56,9 @@ class ClipConfig(VisionConfig):
 
 
 @dataclass
-class ResamplerConfig:
-    resampler_n_latents: int = 64
+class ResamplerConfig(PerceiverConfig):
+    """As many keys as heads, layer norms: num_key_value_heads and rms_norm_eps are not read."""
     resampler_depth: int = 6
-    resampler_n_heads: int = 16
-    resampler_head_dim: int = 96
-    qk_layer_norms_perceiver: bool = True
 
 
 @dataclass
@@ -73,8 +71,6 @@ class LlamaConfig(TextConfig):
     sliding_window: int = 0
     additional_vocab_size: int = 2
     cross_layer_interval: int = 4     # a block before the layers 0, 4, 8 …
-    qk_layer_norms: bool = True       # of the blocks' queries and keys
-    vector_gates: bool = False        # α for every dimension ("alpha_type": "vector"), not one for all
 
     def __post_init__(self):
         super().__post_init__()
@@ -86,29 +82,19 @@ class Idefics1Config(Config):
     vision: ClipConfig = field(default_factory=ClipConfig)
     perceiver: ResamplerConfig = field(default_factory=ResamplerConfig)
     text: LlamaConfig = field(default_factory=LlamaConfig)
-    use_resampler: bool = True        # without: a picture is its patches, class token first
-
     tokens_per_image = 1
-
-    def __post_init__(self):
-        """The resampler has no size that comes from the decoder's."""
 
     @classmethod
     def from_file(cls, path):
-        """config.json as published or as transformers saves it. Raises InputError for what we do not have."""
+        """config.json as published or as transformers saves it."""
         with read_config(path, "idefics") as raw:
             vision = raw.get("vision_config") or {}
             n_words = entry(raw, "vocab_size", 32000)
             n_all = n_words + entry(raw, "additional_vocab_size", 2)
-            alpha = raw.get("alpha_type") or "float"
-            if alpha not in ("float", "vector"):
-                raise ValueError(f"alpha_type {alpha!r}, neither 'float' nor 'vector'")
-            decoder = {**raw, "vocab_size": n_all, "vector_gates": alpha == "vector"}
             return cls(sizes(ClipConfig, {**vision, "hidden_size": vision.get("embed_dim")}, "gelu"),
                        sizes(ResamplerConfig, raw.get("perceiver_config"), "relu"),
-                       sizes(LlamaConfig, decoder, "silu"),
-                       entry(raw, "image_token_id", n_words + 1),
-                       entry(raw, "use_resampler", True))
+                       sizes(LlamaConfig, {**raw, "vocab_size": n_all}, "silu"),
+                       entry(raw, "image_token_id", n_words + 1))
 
 
 # --- Vision tower (CLIP): a class token, learnt positions, no layer norm behind the last layer --------------
@@ -117,11 +103,10 @@ class ClipModel(nn.Module):
         super().__init__()
         d = c.hidden_size
         n_patches = (c.image_size // c.patch_size) ** 2
-        first = Embedding(1, d).weight
         self.embeddings = nn.ModuleDict({
             "patch_embedding": nn.Conv2d(c.num_channels, d, c.patch_size, c.patch_size, bias=False),
             "position_embedding": Embedding(n_patches + 1, d)})
-        self.embeddings.class_embedding = nn.Parameter(first.detach()[0])
+        self.embeddings.class_embedding = nn.Parameter(torch.zeros(d))
         self.pre_layrnorm = nn.LayerNorm(d, c.layer_norm_eps)                    # the published spelling
         layers = nn.ModuleList(VisionLayer(c) for _ in range(c.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layers": layers})
@@ -145,9 +130,8 @@ class ResamplerAttention(nn.Module):
         self.n_heads = c.resampler_n_heads
         self.context_layer_norm = nn.LayerNorm(d)
         self.latents_layer_norm = nn.LayerNorm(d)
-        norm = nn.LayerNorm if c.qk_layer_norms_perceiver else nn.Identity
-        self.q_layer_norm = norm(D)
-        self.k_layer_norm = norm(D)
+        self.q_layer_norm = nn.LayerNorm(D)
+        self.k_layer_norm = nn.LayerNorm(D)
         self.q_proj = Linear(d, self.n_heads * D, bias=False)
         self.k_proj = Linear(d, self.n_heads * D, bias=False)
         self.v_proj = Linear(d, self.n_heads * D, bias=False)
@@ -187,15 +171,12 @@ class Resampler(nn.Module):
 class WordEmbedding(Embedding):
     """Two tables: the words of LLaMA, and the ids behind them."""
     def __init__(self, c):
-        more = c.additional_vocab_size
-        super().__init__(c.vocab_size - more, c.hidden_size)
-        self.additional_embedding = Embedding(more, c.hidden_size) if more else None
+        super().__init__(c.vocab_size - c.additional_vocab_size, c.hidden_size)
+        self.additional_embedding = Embedding(c.additional_vocab_size, c.hidden_size)
 
     def forward(self, ids):
         n = self.num_embeddings
-        x = F.embedding(ids.clamp(max=n - 1), self.weight)
-        if self.additional_embedding is None:
-            return x
+        x = super().forward(ids.clamp(max=n - 1))
         more = self.additional_embedding((ids - n).clamp(min=0))
         return torch.where((ids >= n).unsqueeze(-1), more, x)
 
@@ -203,13 +184,11 @@ class WordEmbedding(Embedding):
 class WordLogits(Linear):
     """d → logits of the words of LLaMA, then of the ids behind them."""
     def __init__(self, c):
-        more = c.additional_vocab_size
-        super().__init__(c.hidden_size, c.vocab_size - more, bias=False)
-        self.additional_fc = Linear(c.hidden_size, more, bias=False) if more else None
+        super().__init__(c.hidden_size, c.vocab_size - c.additional_vocab_size, bias=False)
+        self.additional_fc = Linear(c.hidden_size, c.additional_vocab_size, bias=False)
 
     def forward(self, x):
-        logits = super().forward(x)
-        return logits if self.additional_fc is None else torch.cat([logits, self.additional_fc(x)], -1)
+        return torch.cat([super().forward(x), self.additional_fc(x)], -1)
 
 
 class CrossAttention(nn.Module):
@@ -221,9 +200,8 @@ class CrossAttention(nn.Module):
         self.o_proj = Linear(d, d, bias=False)
         self.k_proj = Linear(d_vision, d, bias=False)
         self.v_proj = Linear(d_vision, d, bias=False)
-        norm = RMSNorm if c.qk_layer_norms else nn.Identity
-        self.q_layer_norm = norm(c.head_dim, c.rms_norm_eps)
-        self.k_layer_norm = norm(c.head_dim, c.rms_norm_eps)
+        self.q_layer_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.k_layer_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def keys_values(self, features):
         """(B,S,d_vision) → (B,H,S,D) each. No rotation: a picture has no position."""
@@ -240,13 +218,12 @@ class GatedBlock(nn.Module):
     def __init__(self, c, d_vision):
         super().__init__()
         d = c.hidden_size
-        gate = (1, 1, d) if c.vector_gates else (1,)
         self.cross_attn = CrossAttention(c, d_vision)
         self.mlp = SwiGLU(d, c.intermediate_size, d)
         self.input_layernorm = RMSNorm(d, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(d, c.rms_norm_eps)
-        self.alpha_cross_attn = nn.Parameter(torch.zeros(gate))
-        self.alpha_dense = nn.Parameter(torch.zeros(gate))
+        self.alpha_cross_attn = nn.Parameter(torch.zeros(1))
+        self.alpha_dense = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, k=None, v=None, mask=None, seen=None):
         """x (B,T,d); k, v (B,H,S,D), mask (B,1,T,S) bool, seen (B,T,1) bool. No k: no picture."""
@@ -303,7 +280,7 @@ class CrossDecoder(TextModel):
         self.crossed = range(0, t.num_hidden_layers, t.cross_layer_interval)
         self.gated_cross_attn_layers = nn.ModuleList(GatedBlock(t, d_vision) for _ in self.crossed)
         self.vision_model = ClipModel(c.vision)
-        self.perceiver_resampler = Resampler(c.perceiver, d_vision) if c.use_resampler else nn.Identity()
+        self.perceiver_resampler = Resampler(c.perceiver, d_vision)
 
     def enter(self, layer, x, pictures, cache=None):
         """The block before a layer, (B,T,d) → (B,T,d). pictures: of `Idefics1.pictures`. Keys and values of
@@ -341,8 +318,7 @@ class Idefics1(Idefics2):
         side = self.config.vision.image_size
         H, W = pixel_values.shape[-2:]
         if (H, W) != (side, side) or not pixel_mask.all():
-            raise InputError(f"expected pictures of {side} x {side} pixels without padding, found {H} x {W}, "
-                             f"{int(pixel_mask.sum())} of {pixel_mask.numel()} pixels not padding")
+            raise InputError(f"expected pictures of {side} x {side} pixels, no padding, found {H} x {W} or padding")
         return self.model.vision_model(pixel_values.to(self.dtype))
 
     def patches(self, pixel_values, pixel_mask):
@@ -355,7 +331,7 @@ class Idefics1(Idefics2):
         return self.model.perceiver_resampler(self.tower(pixel_values, pixel_mask))
 
     def pictures(self, input_ids, image_features, cache=None):
-        """What the blocks look at → Pictures, None if the prompts have none but those in the cache."""
+        """What the blocks look at; None: no pictures but those in the cache."""
         counts = (input_ids == self.config.image_token_id).sum(1)
         if not counts.any():
             return None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from tokenizers import Tokenizer
 
@@ -24,27 +24,21 @@ from support.kernels import keep_freed
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave us: one line with the file or option, what was expected and what was
-    found."""
-
-
-WRONG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError)
+    """A mistake in what the user gave us: one line with the file or option, the expected and the found."""
 
 
 @contextlib.contextmanager
 def reading(path, what):
-    """Around plain parsing of the file `path`: whatever goes wrong becomes InputError `path: expected WHAT,
-    found …`."""
+    """Around plain parsing of `path`: whatever goes wrong becomes InputError `path: expected WHAT, found …`."""
     try:
         yield
     except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: expected {what}, found nothing") from None
-    except OSError as e:
-        raise InputError(f"{path}: expected {what}, found: {e.strerror or e}") from None
-    except WRONG as e:
-        found = f"no {e}" if isinstance(e, KeyError) else " ".join(str(e).split()) or type(e).__name__
+    except Exception as e:                            # libraries raise anything for wrong bytes
+        said = getattr(e, "strerror", None) or str(e)
+        found = f"no {e}" if isinstance(e, KeyError) else " ".join(said.split()) or type(e).__name__
         raise InputError(f"{path}: expected {what}, found: {found:.300}") from None
 
 
@@ -57,10 +51,8 @@ def read_json(path, what="complete JSON"):
 def read_tokenizer(path):
     """The tokenizers.Tokenizer in tokenizer.json, without padding and truncation."""
     read_json(path)                                   # a missing or truncated file is said better here
-    try:
+    with reading(path, "a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as e:                            # the library raises nothing more specific
-        raise InputError(f"{path}: expected a tokenizer, found: {e}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -103,20 +95,17 @@ def read_tensors(path, what):
 @contextlib.contextmanager
 def written_whole(path):
     """→ a temporary name to write to, which becomes `path` once all of it is on the disk: a crash leaves the
-    older file whole.
-
-    Raises InputError, and leaves nothing behind, if the disk is full or the folder is closed."""
+    older file whole. Raises InputError, and leaves nothing behind, if the disk is full or the folder closed."""
     temporary = Path(f"{path}.tmp")
     try:
-        yield temporary
-        with open(temporary, "r+b") as file:          # Windows syncs no file that is open for reading only
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:
+        with reading(path, "a file that can be written"):
+            yield temporary
+            with open(temporary, "r+b") as file:      # Windows syncs no file that is open for reading only
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        found = getattr(e, "strerror", None) or e
-        raise InputError(f"{path}: expected a file that can be written, found: {found}") from None
+            temporary.unlink()                        # still there only if something went wrong
 
 
 def write_text(path, text):
@@ -131,8 +120,7 @@ def write_json(path, content):
 
 
 def save_tensors(path, tensors, about):
-    """Tensors and metadata ({name: value}, kept as text) as safetensors, the whole file or the older one. The
-    same content gives the same bytes."""
+    """Tensors and metadata ({name: value}, kept as text) as safetensors; the same content, the same bytes."""
     if os.environ.get("RANK", "0") == "0":
         content = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()},
                        {name: str(value) for name, value in about.items()})
@@ -146,10 +134,13 @@ def save_tensors(path, tensors, about):
 
 
 class Stored(nn.Module):
-    """A module with a safetensors file. A subclass says what, beside the tensors, makes one: `kept`, further
-    options of the constructor (name → type), which travel in the metadata, and `sizes(tensors)`, what the
-    constructor takes first."""
+    """A module with a safetensors file: `load` gives the constructor `sizes(tensors)`, then the options `kept`
+    (name → type), which travel in the metadata."""
     kept = {}
+
+    @staticmethod
+    def sizes(tensors):
+        return tensors["vector"].shape
 
     @property
     def options(self):
@@ -173,8 +164,7 @@ class Stored(nn.Module):
 
 
 def save_state(path, module, optimiser, numbers):
-    """What a training continues from: parameters, the optimiser's moments, and numbers (a list that JSON can
-    hold)."""
+    """What a training continues from: parameters, the optimiser's moments, and numbers (a JSON list)."""
     tensors = {f"parameter.{name}": x for name, x in module.state_dict().items()}
     for n, state in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{n}.{name}": x for name, x in state.items()}
@@ -182,12 +172,12 @@ def save_state(path, module, optimiser, numbers):
 
 
 def load_state(path, module, optimiser):
-    """Sets module and optimiser to what `save_state` wrote → the numbers; None if there is no such file.
-    Raises InputError."""
+    """Sets module and optimiser to what `save_state` wrote → the numbers; None if there is no such file."""
     if not Path(path).exists():
         return None
-    tensors, about = read_tensors(path, "the state of this run")
-    with reading(path, "the state of this run"):
+    what = "the state of this run"
+    tensors, about = read_tensors(path, what)
+    with reading(path, what):
         moments = {}
         for name in [name for name in tensors if name.startswith("optimiser.")]:
             _, n, moment = name.split(".")
@@ -203,16 +193,13 @@ def load_state(path, module, optimiser):
 
 def make_folder(path):
     """The folder, and those above it. Raises InputError if it cannot be made."""
-    try:
+    with reading(path, "a folder that can be written"):
         Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"{path}: expected a folder that can be written, found: {e.strerror}") from None
 
 
 @contextlib.contextmanager
 def fits_into_memory(option, size, more=""):
-    """What is done with `size` queries at a time: if the memory is too small for it, InputError says which
-    option to lower."""
+    """Around work on `size` queries at a time: if memory is short, InputError says which option to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as e:          # the CPU's allocator has no error of its own
@@ -224,8 +211,7 @@ def fits_into_memory(option, size, more=""):
 
 
 def check_finite(step, micro, **numbers):
-    """Raises InputError, naming step and samples, unless all numbers are finite. micro: a step of
-    train.steps_of."""
+    """Raises InputError, naming step and samples, unless all numbers are finite. micro: of train.steps_of."""
     if not all(map(math.isfinite, numbers.values())):
         found = ", ".join(f"{name} {x}" for name, x in numbers.items())
         ids = [q.id for queries, _ in micro for q in queries]
@@ -237,12 +223,8 @@ def run_command(main):
     keep_freed()
     try:
         main()
-    except InputError as e:
+    except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as e:
-        file = e.filename or "a file"
-        print(f"error: {file}: expected to read or write it, found: {e.strerror or e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on", file=sys.stderr)

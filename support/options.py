@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
             if value is None or action.dest in but:
                 continue
             try:
-                if isinstance(value, bool) != (action.nargs == 0) or isinstance(value, (list, dict)):
+                if isinstance(value, bool) != (action.nargs == 0) or not isinstance(value, (str, int, float) if action.type else (str, bool)):
                     raise ValueError
                 value = action.type(str(value)) if action.type else value
                 if action.choices and value not in action.choices:
@@ -138,7 +138,7 @@ def add_common_arguments(parser, argv, datasets):
     add("--official", action="store_true",
         help="prompts, aligned state, tokens of the loss, Z2 and positions as in the official code")
     add = parser.add_argument_group("generation").add_argument
-    add("--num-beams", type=number(int, 1), default=3, help="1 = greedy (default 3)")
+    add("--num-beams", type=number(int, 1, 100), default=3, help="1 = greedy (default 3)")
     add("--length-penalty", type=number(float, -100, 100), default=0.0, help="0 = none (default 0)")
     add("--eval-batch-size", type=number(int, 1), default=16, help="queries at a time (default 16)")
     run = parser.add_argument_group("run")

@@ -30,12 +30,18 @@ def world():
 
 def join(device):
     """Joins the processes that torchrun started, if it did → the device of this one. From here on only
-    process 0 prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return device
-    if device == "cuda":
+    process 0 prints. Raises InputError for an impossible device."""
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if device == "cuda" and not alone:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        found = f"{device} ({str(e).splitlines()[0]})"
+        raise InputError(f"--device: expected a device of this machine, found {found}") from None
+    if alone:
+        return device
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))     # who dies is noticed at once anyway

@@ -80,7 +80,7 @@ class ImageTransform:
         scaled = (np.arange(256, dtype=np.float64) * rescale).astype(np.float32)[:, None]
         with np.errstate(all="ignore"):
             self.pixel_of_byte = (scaled - np.array(mean, np.float32)) / np.array(std, np.float32)   # (256,3)
-        if self.pixel_of_byte.shape != (256, 3) or not np.isfinite(self.pixel_of_byte).all():
+        if self.pixel_of_byte.shape != (256, 3) or not (self.pixel_of_byte[1:] > self.pixel_of_byte[:-1]).all():
             raise ValueError(f"image_mean {mean!r:.50}, image_std {std!r:.50}, scale {rescale!r:.50}")
 
     @classmethod

@@ -1,9 +1,8 @@
 """A run's folder: args.json, log.csv, and of its evaluations results.json, a list of rows, and
 predictions.jsonl, a line an answer.
 
-While a row is being made its answers stand in predictions.jsonl one by one, with what they were made with, so
-that --resume can go on behind them; once they are scored they are replaced by lines with scores, and the row
-joins results.json.
+While a row is being made its answers stand in predictions.jsonl one by one, so that --resume can go on behind
+them; once they are scored they are replaced by lines with scores, and the row joins results.json.
 """
 
 import contextlib
@@ -27,8 +26,8 @@ ALSO = ("model", "task", "samples", "dtype", "official", "num_beams", "length_pe
 
 
 def new_row(args, metric, split, method, shots, n, made_of="", parameters=0, seconds=0):
-    """What a row says before it is made. `made_with` is a digest of all that its answers depend on; made_of:
-    of its adapter."""
+    """What a row says before it is made. `made_with`: digest of all that its answers depend on; made_of: of its
+    adapter."""
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "run", "resume")}
     made_with = hashlib.sha256(json.dumps([settings, split, made_of], sort_keys=True).encode()).hexdigest()
     row = {"dataset": args.dataset, "split": split, "method": method, "shots": shots, "metric": metric,
@@ -65,8 +64,7 @@ def read_rows(path):
 
 
 def read_predictions(path):
-    """The objects of a predictions.jsonl, none if it is not there; a last line that a crash cut is left
-    out."""
+    """The objects of a predictions.jsonl, none if it is not there; a last line that a crash cut is left out."""
     if not Path(path).exists():
         return []
     with reading(path, "a prediction, a JSON object, in every line"):
@@ -79,28 +77,28 @@ def lines(records):
 
 
 class Unfinished:
-    """A row that is being made: `made` {number of a sample: its answer and cost}, `keep` them, `finish` the
-    row.
+    """A row that is being made: `made` {number of a sample: its answer and cost}, `keep`, `finish`.
 
-    .row is the old row where it is there and `resume` asks for no more: then there is nothing to do
-    (.done)."""
+    .done: the row is there, in .row, and `resume` asks for no more."""
 
     def __init__(self, folder, row, resume):
         make_folder(folder)
-        self.results, self.predictions = Path(folder) / "results.json", Path(folder) / "predictions.jsonl"
-        self.row, self.done, self.title = row, False, title(row)
-        for old in [r for r in read_rows(self.results) if alike(r, row)]:
-            if differ := [k for k in ALSO if old.get(k, row[k]) != row[k]]:
-                raise InputError(f"{folder}: expected no results of {self.title} or those of the same "
-                                 f"arguments, found other {', '.join(differ)}; choose another --out")
-            if resume and old.get("made_with") == row["made_with"]:
-                print(f"{self.title}: all {row['n']} answers are there already")
-                self.row, self.done = old, True
-                return
+        self.results = Path(folder) / "results.json"
+        self.predictions = Path(folder) / "predictions.jsonl"
+        self.title = title(row)
+        old = next((r for r in read_rows(self.results) if alike(r, row)), {})
+        if differ := [k for k in ALSO if old.get(k, row[k]) != row[k]]:
+            raise InputError(f"{folder}: expected no results of {self.title} or those of the same arguments, "
+                             f"found other {', '.join(differ)}; choose another --out")
+        self.done = resume and old.get("made_with") == row["made_with"]
+        self.row = old if self.done else row
+        if self.done:
+            print(f"{self.title}: all {row['n']} answers are there already")
+            return
         found = read_predictions(self.predictions)
+        mine = [x for x in found if alike(x, row) and x.get("made_with") == row["made_with"]]
         self.others = [x for x in found if not alike(x, row)]
-        self.made = {x["number"]: x for x in found
-                     if resume and alike(x, row) and x.get("made_with") == row["made_with"]}
+        self.made = {x["number"]: x for x in mine if resume}
         wait()                                                # nobody writes before all have read
         write_text(self.predictions, lines(self.others + list(self.made.values())))
 
@@ -111,30 +109,31 @@ class Unfinished:
                for i, said, tokens, ms in found}
         self.made.update(new)
         if rank() == 0:
-            try:
-                with open(self.predictions, "a", encoding="utf-8", newline="\n") as file:
-                    file.write(lines(new.values()))
-            except OSError as e:
-                raise InputError(f"{self.predictions}: expected room, found: {e.strerror}") from None
+            with reading(self.predictions, "room"), open(self.predictions, "ab") as file:
+                file.write(lines(new.values()).encode())
 
     def cost(self):
         """Means over the prompts → {prompt_tokens, ms_per_query}."""
-        tokens, ms = (sum(x[name] for x in self.made.values()) / len(self.made) for name in ("tokens", "ms"))
+        tokens = sum(x["tokens"] for x in self.made.values()) / len(self.made)
+        ms = sum(x["ms"] for x in self.made.values()) / len(self.made)
         return {"prompt_tokens": round(tokens, 1), "ms_per_query": round(ms, 2)}
 
     def finish(self, row, samples, answers, each, keys):
-        """Writes the scored answers, those in the format of the VQA server or of COCO (its two keys, or
-        none), and at last the row, which says that all is there → the row."""
+        """Writes the scored answers, those in the official format (of two `keys`, or none), and at last the
+        row, which says that all is there → the row."""
         kind = {k: row[k] for k in SAME}
-        both = list(zip(samples, answers, strict=True))
-        scored = [kind | {"id": s.id, "image_id": s.image_id, "question": s.question, "prediction": said,
-                          "answers": s.answers, "score": x} for (s, said), x in zip(both, each, strict=True)]
+        scored = []
+        for s, said, x in zip(samples, answers, each, strict=True):
+            scored.append(kind | {"id": s.id, "image_id": s.image_id, "question": s.question,
+                                  "prediction": said, "answers": s.answers, "score": x})
         write_text(self.predictions, lines(self.others + scored))
         if keys:
             method = self.title.replace(" ", "-")
             name = f"{row['dataset']}_{row['split']}_{method}_n{row['n']}_seed{row['seed']}_results.json"
-            write_json(self.results.parent / name, [{keys[0]: s.id, keys[1]: said} for s, said in both])
-        write_json(self.results, [*(r for r in read_rows(self.results) if not alike(r, row)), row])
+            official = [dict(zip(keys, (x["id"], x["prediction"]), strict=True)) for x in scored]
+            write_json(self.results.parent / name, official)
+        others = [r for r in read_rows(self.results) if not alike(r, row)]
+        write_json(self.results, [*others, row])
         return row
 
 
@@ -155,16 +154,19 @@ def table(rows):
 
 # ---- A run of train.py
 def begin_run(folder, args, resume):
-    """Makes the folder with args.json → whether all of the run is there already. Raises InputError for a
-    folder of another run, or of an unfinished one that nobody asks to resume.  args: a dict."""
-    path, state = Path(folder) / "args.json", Path(folder) / "state.safetensors"
+    """Makes the folder with args.json → whether all of the run is there already. Raises InputError for a folder
+    of another run, or of an unfinished one that nobody asks to resume.  args: a dict."""
+    path = Path(folder) / "args.json"
+    state = Path(folder) / "state.safetensors"
     mine = json.loads(json.dumps({k: v for k, v in args.items() if k not in ("resume", "out")}))
     old = {}
     if path.exists():
         with reading(path, "the arguments of a run"):
             old = dict(read_json(path))
-    named = mine.keys() | (old.keys() - {"out", "commit", "torch", "python", "started", "finished"})
-    differ = sorted(k for k in named if old.get(k, mine.get(k)) != mine.get(k))
+    elif (Path(folder) / "results.json").exists():
+        raise InputError(f"{folder}: expected no results of another command, found some; choose another --out")
+    named = old.keys() - {"out", "commit", "torch", "python", "started", "finished"}
+    differ = sorted(k for k in named if old[k] != mine.get(k))
     if differ and any(Path(folder).glob("*.safetensors")):
         raise InputError(f"{folder}: expected no run or one of the same arguments, found other "
                          f"{', '.join(differ)}; choose another --out or delete it")
@@ -199,8 +201,7 @@ def commit():
 
 @contextlib.contextmanager
 def open_log(path, columns, step):
-    """log.csv with the rows of the first `step` steps, to write more to. Raises InputError if they are not
-    there."""
+    """log.csv with the rows of the first `step` steps, to write more to. Raises InputError if they are gone."""
     found = [",".join(columns)]
     if step:
         with reading(path, f"the rows of {step} steps"):

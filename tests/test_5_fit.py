@@ -31,7 +31,7 @@ def planted(N=400, H=3, D=4, d=10, seed=0):
 
 def batch(n_demonstrations=6, n_query=5, seed=0, per_picture=0, asked=None):
     """Two prompts: <s>, demonstrations (one token fewer in the second row), query; and the query alone. per_picture: tokens of a
-    picture, one in the demonstrations and one in the query of every row. asked: a batch whose queries are these."""
+    picture, one in the demonstrations and one in the query of every row. asked: a batch with the same queries."""
     ids = torch.randint(3, 98, (2, 1 + n_demonstrations + n_query), generator=torch.Generator().manual_seed(seed))
     part = torch.tensor([[START] + n_demonstrations * [ICD] + (n_query - 2) * [QUERY] + 2 * [ANSWER]] * 2)
     ids[:, 0], ids[1, 0], ids[1, 1], part[1, 0], part[1, 1] = 1, 0, 1, PADDING, START
@@ -59,9 +59,7 @@ def entering(model, rows):
     return model.text_model.enter(0, x, None) if model.text_model.crossed else x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The streams are the model's own
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The streams are the model's own
 def test_teacher_and_student_walk_through_the_models_own_states(model):
     per_picture, features = pictured(model)
     b, mimic = batch(per_picture=per_picture), MimIC(3, 4, 16).double()
@@ -103,14 +101,12 @@ def test_the_target_is_what_makes_the_students_stream_the_teachers(model):
     b = batch()
     x, s = entering(model, b.teacher), entering(model, b.student)
     h_T, _, above = layerwise.teacher(model, 0, x, b.teacher, 5)
-    h_S, _, _ = layerwise.student(model, 0, s, b.student)
+    h_S, *_ = layerwise.watched(model, 0, s, b.student)
     block, moved = model.text_model.layers[0], h_S[:, -5:] + (h_T - h_S[:, -5:])
     torch.testing.assert_close(moved + block.mlp(block.post_attention_layernorm(moved)), above[:, -5:], **EXACT)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One layer's regression
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- One layer's regression
 def ridge_regression(q, log_z1, ridge, centre=True):
     """numpy: weight (H,D) and bias (H); the ridge as D more rows, on centred columns."""
     found = []
@@ -192,9 +188,7 @@ def test_least_squares_sees_several_draws_only_through_their_mean():
     torch.testing.assert_close(stacked, layerwise.best_v(mu, delta, w_o, gram_o), **EXACT)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole fit
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The whole fit
 def run_fit(model, mu_of="head", tokens="all"):
     """Four batches of queries, each behind two draws of demonstrations."""
     mimic, (per_picture, features) = MimIC(3, 4, 16, mu_of=mu_of), pictured(model)

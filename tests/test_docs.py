@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import explain
-from model import InputError
+from experiments import explain
+from support.files import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LESSON = (REPOSITORY / "docs/lesson.md").read_text(encoding="utf-8")
 COMMANDS = [(lines[0].removeprefix("$ "), lines[1:]) for lines in
             (block.splitlines() for block in re.findall(r"```console\n(.*?)```", LESSON, re.S))]
 SHORT = ["--samples", "24", "--dev-samples", "4", "--epochs", "1", "--limit", "12", "--shots", "2"]
-SMALL = {"train.py": SHORT, "explain.py": ["--queries", "12", "--draws", "2"]}      # the numbers are those of a whole run
+SMALL = {"train.py": SHORT, "experiments.explain": ["--queries", "12", "--draws", "2"]}      # the numbers are those of a whole run
 
 
 def plain(line, numbers):
@@ -44,14 +44,16 @@ def scratch(tmp_path, monkeypatch):
     """An empty folder with the checkpoint, to run commands in; short runs in the place of explain.py's."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").symlink_to(REPOSITORY / "checkpoints")
-    monkeypatch.setattr(explain, "RUNS", {folder: [*words, *SHORT] for folder, words in explain.RUNS.items()})
+    short = {"train.py": SHORT, "-m experiments.layerwise": [w for w in SHORT if w not in ("--epochs", "1")]}
+    runs = {folder: [*words, *short[words[0]]] for folder, words in explain.RUNS.items()}
+    monkeypatch.setattr(explain, "RUNS", runs)
     return tmp_path
 
 
 def test_every_python_command_prints_what_the_lesson_says_and_every_picture_is_made(scratch, capsys):
-    """train.py and explain.py on few samples: there the lines have to be right, elsewhere the numbers too."""
+    """train.py and experiments.explain on few samples: there the lines have to be right, elsewhere the numbers too."""
     for command, quoted in COMMANDS:
-        program, script, *words = shlex.split(command)
+        program, script, *words = shlex.split(command.replace("python -m ", "python "))
         if program == "python":
             importlib.import_module(script.removesuffix(".py")).main([*words, *SMALL.get(script, [])])
             assert missing(quoted, capsys.readouterr().out, script not in SMALL) == [], command
@@ -82,28 +84,3 @@ def test_the_exercise_command_prints_what_the_lesson_says():
     run = subprocess.run([sys.executable, "-m", "pytest", *files, *command.split()[2:], "-p", "no:cacheprovider"], cwd=REPOSITORY,
                          capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
     assert missing(quoted, run.stdout, True) == []
-
-
-PAGES = ["README.md", "docs/lesson.md", "exercises/README.md", *(f"exercises/step_{i}.md" for i in range(1, 6))]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_every_link_leads_to_a_file_or_a_heading(page):
-    text = (REPOSITORY / page).read_text(encoding="utf-8")
-    headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", text, re.M)}
-    for target in re.findall(r"\]\(([^):]+)\)", text):
-        path, _, heading = target.partition("#")
-        assert ((REPOSITORY / page).parent / path).exists() if path else heading in headings, target
-
-
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:model|mimic|train|data|eval|fit)\.\w+)`", LESSON))))
-def test_every_function_of_the_reading_order_exists(name):
-    module, attribute = name.split(".")
-    assert attribute == "py" or callable(getattr(importlib.import_module(module), attribute))
-
-
-def test_every_test_that_the_readme_links_stands_in_that_file():
-    links = re.findall(r"\[`(test_\w+)`\]\((tests/\w+\.py)\)", (REPOSITORY / "README.md").read_text(encoding="utf-8"))
-    assert len(links) >= 7
-    for name, path in links:
-        assert f"def {name}(" in (REPOSITORY / path).read_text(encoding="utf-8"), name

@@ -8,7 +8,7 @@ only be learnt from demonstrations: that is in-context learning. There are three
     toy-named    the same with honest question words ("colour?"): languages and format alone are hidden
     toy-caption  no question: a language for each attribute, and one of four sentence templates
 
-A sixth of all rules is held out: pre-training never sees them, the downstream tasks are drawn from them.
+Pre-training never sees a sixth of all rules; the downstream tasks are drawn from these.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ import hashlib
 import itertools
 import math
 import textwrap
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # --- Words --------------------------------------------------------------------------------------------------
 LANGUAGES = ["English", "French", "German", "Spanish"]
@@ -28,20 +28,18 @@ LANGUAGES = ["English", "French", "German", "Spanish"]
 # Lower case and no punctuation: VQA and caption metrics normalise both, and must not change the answers.
 TABLE = {
     "colour": """red rouge rot rojo | yellow jaune gelb amarillo | green vert grün verde | blue bleu blau azul
-        | purple violet lila morado | pink rose rosa rosado | brown marron braun pardo
-        | black noir schwarz negro""",
+    | purple violet lila morado | pink rose rosa rosado | brown marron braun pardo | black noir schwarz negro""",
     "shape": """circle cercle kreis círculo | square carré quadrat cuadrado | diamond losange raute rombo
-        | star étoile stern estrella | cross croix kreuz cruz | heart cœur herz corazón | moon lune mond luna
-        | ring anneau reif anillo""",
+    | star étoile stern estrella | cross croix kreuz cruz | heart cœur herz corazón | moon lune mond luna
+    | ring anneau reif anillo""",
     "place": """left gauche links izquierda | right droite rechts derecha | top haut oben arriba
-        | bottom bas unten abajo""",
+    | bottom bas unten abajo""",
     "ground": """plain uni einfarbig liso | striped rayé gestreift rayado
-        | dotted pointillé gepunktet punteado | checked quadrillé kariert cuadriculado""",
+    | dotted pointillé gepunktet punteado | checked quadrillé kariert cuadriculado""",
 }
 ATTRIBUTES = list(TABLE)
-# WORDS[attribute][value][language]
-WORDS = [[value.split() for value in row.split("|")] for row in TABLE.values()]
-SIZES = [len(values) for values in WORDS]                              # [8, 8, 4, 4]
+WORDS = [[v.split() for v in row.split("|")] for row in TABLE.values()]    # [attribute][value][language]
+SIZES = [len(values) for values in WORDS]                                  # [8, 8, 4, 4]
 
 QUESTIONS = {"toy": ["dax?", "wug?", "blick?", "fep?"], "toy-named": [f"{name}?" for name in ATTRIBUTES]}
 FORMATS = ["{}", "{} it is", "{} indeed"]    # the word that matters comes first, right behind the question
@@ -56,11 +54,9 @@ PROMPT = ["Image:", "Caption:", "\n"]
 
 def vocabulary():
     """Every token of the toy world, prompt words included, each once, in an order that never changes."""
-    tokens = [*PROMPT, *itertools.chain(*QUESTIONS.values())]
-    tokens += [word for word in " ".join(FORMATS + TEMPLATES).split() if "{" not in word]
-    for values in WORDS:
-        tokens += itertools.chain(*values)
-    return list(dict.fromkeys(tokens))
+    said = " ".join(FORMATS + TEMPLATES).split()
+    tokens = itertools.chain(PROMPT, *QUESTIONS.values(), said, *itertools.chain(*WORDS))
+    return list(dict.fromkeys(token for token in tokens if "{" not in token))
 
 
 # --- Rules --------------------------------------------------------------------------------------------------
@@ -68,16 +64,15 @@ RADIX = {"toy": (16, 16, 16, 16, 3), "toy-named": (4, 4, 4, 4, 3), "toy-caption"
 KINDS = list(RADIX)
 
 
-class Rule(NamedTuple):
+class Rule(namedtuple("Rule", "kind digits")):
     """Digits 0-3 are, for "toy", attribute * 4 + language of the four question words, else the language of
     each attribute; the last is the format or the template. Each is below that of RADIX[kind]."""
 
-    kind: str
-    digits: tuple
-
-    def meaning(self, word):
-        """→ (attribute, language) of question word 0-3; in captions of attribute 0-3."""
-        return divmod(self.digits[word], 4) if self.kind == "toy" else (word, self.digits[word])
+    @property
+    def meanings(self):
+        """[(attribute, language)] of the four question words; in captions of the four attributes."""
+        digits = self.digits[:4]
+        return [divmod(digit, 4) for digit in digits] if self.kind == "toy" else list(enumerate(digits))
 
 
 def is_held_out(rule):
@@ -101,44 +96,37 @@ def random_rule(kind, rng, held_out=False):
 def is_task(rule):
     """Held out and worth learning: more than one language and at most two of the four English, or the default
     is nearly right; made-up words ask for at least three attributes, and no two of them mean the same."""
-    meanings = [rule.meaning(word) for word in range(4)]
-    attributes, languages = zip(*meanings, strict=True)
-    diverse = len(set(attributes)) >= 3 and len(set(meanings)) == 4 and len(set(languages)) >= 2
+    attributes, languages = zip(*rule.meanings, strict=True)
+    diverse = len(set(attributes)) >= 3 and len(set(rule.meanings)) == 4 and len(set(languages)) >= 2
     return diverse and languages.count(0) <= 2 and is_held_out(rule)
 
 
 @functools.cache
 def task(kind, n):
-    """The n-th downstream rule of a kind, n ≥ 0, from a fixed shuffle of all rules.
-
-    Raises ValueError past the last one: there are over 100 of each kind."""
-    if kind not in RADIX:
-        raise ValueError(f"unknown toy dataset {kind!r}; there are {', '.join(KINDS)}")
+    """The n-th downstream rule of a kind, of over 100. Raises ValueError past the last one."""
     numbers = np.random.RandomState(0).permutation(math.prod(RADIX[kind]))       # a stream that never changes
     rules = (Rule(kind, tuple(map(int, np.unravel_index(number, RADIX[kind])))) for number in numbers)
-    found = next(itertools.islice(filter(is_task, rules), max(n, 0), None), None)
-    if n < 0 or found is None:
-        raise ValueError(f"{kind} has no task {n}")
-    return found
+    for found in itertools.islice(filter(is_task, rules), n, None):
+        return found
+    raise ValueError(f"{kind} has no task {n}")
 
 
 def describe(rule):
     """→ list of 5 str: the rule in plain words, digit by digit."""
-    meanings = [rule.meaning(word) for word in range(4)]
-    lines = [f"{ATTRIBUTES[attribute]} in {LANGUAGES[language]}" for attribute, language in meanings]
+    lines = [f"{ATTRIBUTES[attribute]} in {LANGUAGES[language]}" for attribute, language in rule.meanings]
     if rule.kind == "toy":
         lines = [f"{word} = {line}" for word, line in zip(QUESTIONS["toy"], lines, strict=True)]
-    patterns = TEMPLATES if rule.kind == "toy-caption" else [pattern.format("{word}") for pattern in FORMATS]
-    return [*lines, f"as: {patterns[rule.digits[-1]]}"]
+    forms = TEMPLATES if rule.kind == "toy-caption" else FORMATS
+    return [*lines, "as: " + forms[rule.digits[-1]].replace("{}", "{word}")]
 
 
 def text(rule, scene, word):
     """→ (question, answer): what a rule says about a scene, four digits. word: which of the four questions;
     captions have none, and ignore it."""
     if rule.kind == "toy-caption":
-        words = {name: WORDS[a][scene[a]][rule.digits[a]] for a, name in enumerate(ATTRIBUTES)}
+        words = {ATTRIBUTES[a]: WORDS[a][scene[a]][language] for a, language in rule.meanings}
         return None, TEMPLATES[rule.digits[-1]].format(**words)
-    attribute, language = rule.meaning(word)
+    attribute, language = rule.meanings[word]
     said = WORDS[attribute][scene[attribute]][language]
     return QUESTIONS[rule.kind][word], FORMATS[rule.digits[-1]].format(said)
 
@@ -153,24 +141,17 @@ CENTRE = [(-1, 0), (1, 0), (0, -1), (0, 1)]                      # left, right, 
 
 T = np.linspace(0, 2 * np.pi, 60, endpoint=False)
 CIRCLE = np.stack([np.cos(T), np.sin(T)], 1)
-HEART = np.stack([16 * np.sin(T) ** 3,
-                  -(13 * np.cos(T) - 5 * np.cos(2 * T) - 2 * np.cos(3 * T) - np.cos(4 * T)) - 2.5], 1) / 15
-TIPS = np.arange(10)
-STAR = np.stack([np.sin(TIPS * np.pi / 5), -np.cos(TIPS * np.pi / 5)], 1)
-STAR *= np.where(TIPS % 2, 0.47, 1.15)[:, None]
+HEART_Y = 13 * np.cos(T) - 5 * np.cos(2 * T) - 2 * np.cos(3 * T) - np.cos(4 * T)
+HEART = np.stack([16 * np.sin(T) ** 3, -HEART_Y - 2.5], 1) / 15
+TIPS = np.arange(10) * np.pi / 5
+STAR = np.stack([np.sin(TIPS), -np.cos(TIPS)], 1) * np.array([1.15, 0.47] * 5)[:, None]
 ARM = 0.34                   # half the width of an arm of the cross
 CROSS = [(-ARM, -1), (ARM, -1), (ARM, -ARM), (1, -ARM), (1, ARM), (ARM, ARM),
          (ARM, 1), (-ARM, 1), (-ARM, ARM), (-1, ARM), (-1, -ARM), (-ARM, -ARM)]
-SHAPES = [                   # (outline, hole or None) in units of the radius, in the order of WORDS
-    (0.97 * CIRCLE, None),
-    (np.array([(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]), None),
-    (np.array([(0, -1.15), (0.8, 0), (0, 1.15), (-0.8, 0)]), None),
-    (STAR, None),
-    (np.array(CROSS), None),
-    (HEART, None),
-    (1.05 * CIRCLE, 0.9 * CIRCLE + (0.55, 0)),
-    (1.05 * CIRCLE, 0.56 * CIRCLE),
-]
+SQUARE = [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
+DIAMOND = [(0, -1.15), (0.8, 0), (0, 1.15), (-0.8, 0)]
+SHAPES = [[0.97 * CIRCLE], [SQUARE], [DIAMOND], [STAR], [CROSS], [HEART],       # in the order of WORDS:
+          [1.05 * CIRCLE, 0.9 * CIRCLE + (0.55, 0)], [1.05 * CIRCLE, 0.56 * CIRCLE]]       # outline, hole
 
 
 def draw_mask(shape, place, rng):
@@ -183,10 +164,9 @@ def draw_mask(shape, place, rng):
     turn = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
     centre = SIDE / 2 + along * np.array([x, y]) + across * np.array([y, x])
     image = Image.new("L", (SIDE * SCALE, SIDE * SCALE))
-    for points, fill in zip(SHAPES[shape], (255, 0), strict=True):
-        if points is not None:
-            outline = SCALE * (centre + radius * points @ turn)
-            ImageDraw.Draw(image).polygon([tuple(p) for p in outline], fill=fill)
+    for points, fill in zip(SHAPES[shape], (255, 0), strict=False):
+        outline = SCALE * (centre + radius * np.array(points) @ turn)
+        ImageDraw.Draw(image).polygon([tuple(p) for p in outline], fill=fill)
     return np.asarray(image.reduce(SCALE))
 
 
@@ -223,10 +203,7 @@ def blend(under, over, weight):
 
 
 def draw(scenes, rng):
-    """scenes (N,4) int, rng np.random.Generator → pictures (N,40,40,3) uint8, each with its own jitter.
-
-    The same scenes and rng state give the same pictures."""
-    scenes = np.asarray(scenes)
+    """scenes (N,4) int, rng np.random.Generator → pictures (N,40,40,3) uint8, each with its own jitter."""
     masks, grounds = bank()
     n = len(scenes)
     variants = rng.integers(VARIANTS, size=(2, n))
@@ -250,21 +227,14 @@ def random_scenes(n, rng):
 
 # --- Datasets and episodes ----------------------------------------------------------------------------------
 SPLITS = {"train": 1000, "dev": 200, "test": 500}
-SHARES = {"toy-named": 0.25, "toy-caption": 0.20, "toy": 0.55}
+SHARES = {"toy-named": 0.25, "toy-caption": 0.20, "toy": 0.55}         # of pre-training
 
-
-class Record(NamedTuple):
-    image: Image.Image       # RGB, 40 x 40
-    image_id: int            # unique in all splits, tasks and datasets
-    question: str | None
-    answer: str
+Record = namedtuple("Record", "image image_id question answer")
 
 
 def samples(dataset, task_number, split):
-    """→ list of Record, all under the one held-out rule task(dataset, task_number).
-
-    Every (dataset, task, split) has a seed of its own. Raises ValueError for a name or number that does not
-    exist."""
+    """→ list of Record (a PIL image, a number unique in all splits, tasks and datasets, question or None,
+    answer), all under the rule task(dataset, task_number). Raises ValueError for an unknown split."""
     rule = task(dataset, task_number)
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r} of {dataset}; there are {', '.join(SPLITS)}")
@@ -275,24 +245,21 @@ def samples(dataset, task_number, split):
     words = rng.integers(4, size=n)
     pictures = draw(scenes, rng)
     first = (task_number * len(KINDS) + kind) * 10_000 + part * 1000
-    texts = [text(rule, scene, word) for scene, word in zip(scenes.tolist(), words.tolist(), strict=True)]
+    texts = [text(rule, scene, word) for scene, word in zip(scenes, words, strict=True)]
     return [Record(Image.fromarray(pictures[i]), first + i, *texts[i]) for i in range(n)]
 
 
 def episodes(rng, n, length, scenes, shares=SHARES, held_out=False):
     """Pre-training: n episodes of `length` examples about pictures of a bank with these scenes (M,4), each
-    under one random rule, seen or held out; shares: P(kind) → picture indices (n,length) int64, questions and
-    answers, n lists of `length` str (questions None in captions)."""
+    under one random rule, seen or held out; shares: P(kind) → picture indices (n,length) int64, and n lists
+    of `length` pairs of question (None in captions) and answer."""
     kinds = rng.choice(list(shares), n, p=list(shares.values())).tolist()
     rules = [random_rule(kind, rng, held_out) for kind in kinds]
     indices = rng.integers(len(scenes), size=(n, length))
-    words = rng.integers(4, size=(n, length)).tolist()
-    questions, answers = [], []
-    for i, rule in enumerate(rules):
-        said = [text(rule, scenes[k].tolist(), word) for k, word in zip(indices[i], words[i], strict=True)]
-        questions.append([asked for asked, _ in said])
-        answers.append([told for _, told in said])
-    return indices, questions, answers
+    words = rng.integers(4, size=(n, length))
+    said = [[text(rule, scene, word) for scene, word in zip(*both, strict=True)]
+            for rule, *both in zip(rules, scenes[indices], words, strict=True)]
+    return indices, said
 
 
 # --- Sheets of pictures -------------------------------------------------------------------------------------
@@ -308,23 +275,20 @@ def sheet(title, subtitle, items, cell=SIDE * 4, below=52):
     """items: (PIL image, question or None, answer) → PIL.Image, four items in a row, their texts under them;
     cell, below: width and height of a picture, and height of its texts, in pixels."""
     big, small = font(16), font(13)
-    gap, head = 14, 84
-    letters = cell * 21 // 160
+    wrap = textwrap.TextWrapper(cell * 21 // 160).wrap
     rows = -(-len(items) // 4)
-    page = Image.new("RGB", (4 * (cell + gap) + gap, head + rows * (cell + below)), "white")
+    page = Image.new("RGB", (4 * (cell + 14) + 14, 84 + rows * (cell + below)), "white")
     pen = ImageDraw.Draw(page)
-    pen.text((gap, 10), title, "black", big)
-    pen.multiline_text((gap, 34), subtitle, "#666666", small)
+    pen.text((14, 10), title, "black", big)
+    pen.multiline_text((14, 34), subtitle, "#666666", small)
     for i, (image, asked, told) in enumerate(items):
-        x = gap + i % 4 * (cell + gap)
-        y = head + i // 4 * (cell + below)
-        scale = cell / max(image.size)
-        resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-        page.paste(image.resize([max(1, round(side * scale)) for side in image.size], resample), (x, y))
+        x = 14 + i % 4 * (cell + 14)
+        y = 84 + i // 4 * (cell + below)
+        resample = Image.Resampling.NEAREST if cell > max(image.size) else Image.Resampling.LANCZOS
+        page.paste(ImageOps.contain(image, (cell, cell), resample), (x, y))
+        y += cell + 4
+        lines = wrap(asked or told)
+        pen.multiline_text((x, y), "\n".join(lines), "#888888" if asked else "black", small, spacing=3)
         if asked:
-            lines = textwrap.wrap(asked, letters)
-            pen.multiline_text((x, y + cell + 4), "\n".join(lines), "#888888", small, spacing=3)
-            pen.text((x, y + cell + 4 + 16 * len(lines)), told, "black", big)
-        else:
-            pen.multiline_text((x, y + cell + 5), textwrap.fill(told, letters), "black", small, spacing=3)
+            pen.text((x, y + 16 * len(lines)), told, "black", big)
     return page
