@@ -26,7 +26,7 @@ def untrained():
 
 
 def load_adapter(path, method, model):
-    """The method's adapter in that file, on the model's device. Raises InputError if it is another model's."""
+    """The method's adapter in that file, on the model's device. Raises InputError if it does not fit."""
     kind = adapters()[method]
     adapter = kind.load(path).to(model.device)
     with reading(path, "an adapter of this model's sizes"):

@@ -4,7 +4,7 @@
                                 x̃: x under dropout while training, else x
 
 on the q, k, v and o projections; scope "text": of the decoder; "all": of every module with such a name, the
-vision tower's (its out_proj has another) and the connector's too (official code). At start A is uniform within
+vision tower's (its out_proj has another) and the connector's too (official code). At start A is uniform in
 ±1/√d_in, as in the paper's code. Trained by the LM loss alone.
 """
 
@@ -39,7 +39,7 @@ class LoRALinear(nn.Module):
 
 
 def rebuilt(module, new, name=""):
-    """The module with new[name] in the place of each descendant of that name. Only the modules above are copies."""
+    """The module with new[name] in the place of each descendant of that name; those above it are copies."""
     if name in new:
         return new[name]
     children = {n: rebuilt(m, new, f"{name}.{n}" if name else n) for n, m in module._modules.items()}

@@ -2,26 +2,22 @@
 
     python -m experiments.bench --pictures FOLDER                       # ten minutes on two cores
     python -m experiments.bench --size full --repeats 0 --only train    # Idefics2-8b-base's exact shape
-    python -m experiments.bench --model FOLDER --only train latency     # that of a folder's config.json
 
 train     train_step: a MimIC step on 8 demonstrations, and its queries' pictures, encoded once in 5 epochs;
           beside the step as the official code does it. train_step_shared: with --share-icds
 generate  encode: 9 pictures. generate: 10 tokens behind 1 and 16 encoded prompts, with 1 and 3 beams
 latency   prefill and decoding of a token under MimIC and LIVE, beside no shifts; batch 3: a prompt's beams
-load      from_pretrained, and every weight read once; the files are in the system's cache
-fit       experiments.layerwise beside training, on 32 samples with 8 demonstrations; one call of each
 cider     ours beside pycocoevalcap (needs Java): the first caption of each picture against the others
 
 Weights and tokens are random (they change no time), pictures those of --pictures or noise of COCO's sizes.
 Ours and the peer's alternate in one process; seconds are the median of --repeats, behind a first call of
-each, whose peak of memory counts, beside what was there before. No peer: other models, full size on a CPU.
+each, whose peak of memory counts, beside what was there before. No peer: full size on a CPU.
 """
 
 import ctypes
 import gc
 import re
 import statistics
-import tempfile
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,15 +28,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import models
 from baselines.live import LIVE
 from data import ANSWER, ICD, QUERY, START, Batch, Rows, encode_images
-from experiments import layerwise
 from metrics.cider import cider
 from mimic import MimIC
 from model import Config, Idefics2, KVCache, PerceiverConfig, TextConfig, VisionConfig
 from support.files import InputError, read_json, run_command, write_json
-from support.kernels import clock, keep_freed
+from support.kernels import clock
 from support.options import Parser, number
 from support.pictures import ImageTransform, open_image
 from train import losses
@@ -52,25 +46,24 @@ SIZES = {"toy": TOY, "mid": MID, "full": Config()}
 COCO_SIZES = (640, 480), (480, 640), (640, 427), (640, 480)        # width and height, pixels
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, SHOTS, EPOCHS = 2, 8, 5         # of a training
-FITTED = 32                            # samples of `fit`
 NEW_TOKENS = 10
 
 
 # ---- What is measured: a random model, pictures, prompts
-def random_model(kind, config, dtype=torch.float32):
+def random_model(config, dtype=torch.float32):
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     with DEVICE:
-        model = kind(config)
+        model = Idefics2(config)
     torch.set_default_dtype(torch.float32)
     return model.requires_grad_(False).eval()
 
 
-def random_batch(config, B, shots=SHOTS, shared=False, seed=0):
+def random_batch(config, B, shots=SHOTS, shared=False):
     """B queries behind `shots` demonstrations: random tokens, the last 3 the answer. Picture n of row b has
     image_id b·(shots+1) + n; shared: the demonstrations of row 0 serve all."""
     one = config.tokens_per_image + (20 if config.vision.image_size > 40 else 6)     # tokens of an example
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 100, (B, 1 + one * (shots + 1)), generator=random)
     ids[:, 0] = 1
     ids[:, 1:].unflatten(1, (-1, one))[:, :, :config.tokens_per_image] = config.image_token_id
@@ -311,39 +304,6 @@ def bench_latency(args, model):
                 yield row(f"{name}_{what}", *found.values(), B, f"{ids.shape[1]} tokens; peer: no shifts")
 
 
-def bench_load(args, model):
-    from transformers import Idefics2ForConditionalGeneration
-    dtype = model.dtype
-
-    def read(load, **more):
-        for p in load(folder, dtype=dtype, **more).to(DEVICE).parameters():
-            p.sum()
-
-    with tempfile.TemporaryDirectory() as folder:
-        theirs(model, "sdpa").save_pretrained(folder, max_shard_size="2GB")
-        del model                                      # room for the files in the system's cache
-        calls = {"ours": partial(read, Idefics2.from_pretrained, device=DEVICE),
-                 "peer": args.peer and partial(read, Idefics2ForConditionalGeneration.from_pretrained)}
-        yield row("load", *side_by_side(calls, args.repeats).values())
-
-
-def bench_fit(args, model):
-    picture = encoded(model, some_pictures(args.pictures, model, 1))[0]
-    features = dict.fromkeys(range(BATCH * (SHOTS + 1)), picture)
-    batches = [random_batch(model.config, BATCH, seed=i) for i in range(FITTED // BATCH)]
-
-    def fit():
-        layerwise.fit(model, MimIC.for_model(model), [[batch] for batch in batches], features)
-
-    def training():
-        step = our_step(model, features)
-        for batch in batches * EPOCHS:
-            step(batch)
-
-    found = side_by_side({"ours": fit, "peer": training}, 0)
-    yield row("fit", *found.values(), BATCH, f"{FITTED} samples; peer: training, {EPOCHS} epochs")
-
-
 def bench_cider(args, model):
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
@@ -359,34 +319,27 @@ def bench_cider(args, model):
     yield row("cider", *found.values(), len(captions), f"ours {ours()[0]:.6f}, peer {peer()[0]:.6f}")
 
 
-BENCHES = {"train": bench_train, "generate": bench_generate, "latency": bench_latency, "load": bench_load,
-           "fit": bench_fit, "cider": bench_cider}
+BENCHES = {"train": bench_train, "generate": bench_generate, "latency": bench_latency, "cider": bench_cider}
 COLUMNS = {"ours_s": ".3g", "peer_s": ".3g", "ratio": ".2f", "peak_gib": ".2f", "peer_peak_gib": ".2f"}
 
 
 def main(argv=None):
     parser = Parser(__doc__, "python -m experiments.bench")
     add = parser.add_argument
-    add("--only", nargs="+", choices=BENCHES, help="(default: all but cider; of --model the first three)")
+    add("--only", nargs="+", choices=BENCHES, default=list(BENCHES)[:3], help="(default: all but cider)")
     add("--size", choices=SIZES, default="mid", help="(default %(default)s)")
-    add("--model", metavar="FOLDER", help="its shape in the place of --size; weights are random")
     add("--repeats", type=number(int, 0), default=3, help="0 = the first call counts (default %(default)s)")
     add("--pictures", metavar="FOLDER", help="JPEGs to encode (default: noise)")
     add("--captions", metavar="FILE", help="for cider: JSON {image id: [captions]}")
     add("--out", metavar="FILE", help="writes the rows as JSON")
     args = parser.parse(argv)
-    size, kind, config = args.size, Idefics2, SIZES[args.size]
-    if args.model:
-        size = Path(args.model).name
-        kind, _ = models.of(args.model)
-        config = kind.config_class.from_file(Path(args.model) / "config.json")
-    dtype = torch.float32 if DEVICE.type == "cpu" and size != "full" else torch.bfloat16
-    args.peer = kind is Idefics2 and (DEVICE.type, size) != ("cpu", "full")
+    args.peer = (DEVICE.type, args.size) != ("cpu", "full")
+    dtype = torch.float32 if DEVICE.type == "cpu" and args.peer else torch.bfloat16
     rows = []
-    print(f"{size:<18}{'batch':>6}" + "".join(f"{name:>15}" for name in COLUMNS))
-    for name in args.only or list(BENCHES)[:3 if args.model else 5]:
-        for found in BENCHES[name](args, random_model(kind, config, dtype)):
-            rows.append({"size": size, "device": DEVICE.type, "dtype": str(dtype)[6:], **found})
+    print(f"{args.size:<18}{'batch':>6}" + "".join(f"{name:>15}" for name in COLUMNS))
+    for name in args.only:
+        for found in BENCHES[name](args, random_model(SIZES[args.size], dtype)):
+            rows.append({"size": args.size, "device": DEVICE.type, "dtype": str(dtype)[6:], **found})
             cells = ["–" if found[key] is None else f"{found[key]:{form}}" for key, form in COLUMNS.items()]
             line = "".join(f"{cell:>15}" for cell in cells)
             print(f"{found['what']:<18}{found['batch']:>6}{line}  {found['about']}", flush=True)
@@ -396,5 +349,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    keep_freed()
     run_command(main)

@@ -316,9 +316,9 @@ class Idefics1(Idefics2):
     def tower(self, pixel_values, pixel_mask):
         """(N,3,H,W), (N,H,W) bool → the vision tower's last states (N,1+P,d_vision)."""
         side = self.config.vision.image_size
-        H, W = pixel_values.shape[-2:]
-        if (H, W) != (side, side) or not pixel_mask.all():
-            raise InputError(f"expected pictures of {side} x {side} pixels, no padding, found {H} x {W} or padding")
+        found = tuple(pixel_values.shape[-2:])
+        if found != (side, side) or not pixel_mask.all():
+            raise InputError(f"expected pictures of {side} x {side} pixels, found {found} or padding")
         return self.model.vision_model(pixel_values.to(self.dtype))
 
     def patches(self, pixel_values, pixel_mask):

@@ -12,9 +12,6 @@ from safetensors import safe_open
 
 from support.files import read_json, reading
 
-DIVIDED = (("num_attention_heads", "num_key_value_heads"), ("resampler_n_heads", "num_key_value_heads"),
-           ("hidden_size", "num_attention_heads"), ("num_hidden_layers", "cross_layer_interval"))
-
 
 @contextlib.contextmanager
 def read_config(path, model_type):
@@ -28,8 +25,7 @@ def read_config(path, model_type):
 
 
 def expect(raw, name, value):
-    """Raises ValueError if the object says something else; what it leaves out or has as null is as
-    published."""
+    """Raises ValueError if the object says something else; left out or null is as published."""
     if raw.get(name) not in (None, value):
         raise ValueError(f"{name} {raw[name]!r}, not {value!r}")
 
@@ -47,8 +43,8 @@ def entry(raw, name, default):
 
 
 def sizes(kind, raw, act):
-    """A section of config.json as the dataclass `kind`, whose defaults are what the file leaves out. act: its
-    activation, the only one that we have."""
+    """A section of config.json as the dataclass `kind`, whose defaults are what the file leaves out. act: the
+    only activation that we have."""
     raw = dict(raw or {})
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     expect(raw, "hidden_act", act)
@@ -59,18 +55,15 @@ def sizes(kind, raw, act):
         raw["sliding_window"] = raw["sliding_window"] or 0                  # null: no window
     if isinstance(raw.get("eos_token_id"), list):
         raw["eos_token_id"] = raw["eos_token_id"][0]                        # `generation_ids` has the others
-    config = kind(**{f.name: entry(raw, f.name, f.default) for f in fields(kind)})
-    found = vars(config)
-    for size, parts in DIVIDED:
-        own = size == "hidden_size" and raw.get("head_dim")                 # heads of a size of their own
-        if size in found and parts in found and not own and found[size] % found[parts]:
-            raise ValueError(f"{size} {found[size]}, no multiple of {parts} {found[parts]}")
-    return config
+    found = {f.name: entry(raw, f.name, f.default) for f in fields(kind)}
+    d, H = found.get("hidden_size"), found.get("num_attention_heads")
+    if H is not None and d % H and not found.get("head_dim"):
+        raise ValueError(f"hidden_size {d}, no multiple of num_attention_heads {H}")
+    return kind(**found)
 
 
 def generation_ids(folder, pad):
-    """generation_config.json, if there is one → ids that end an answer, ids never to be made, id of
-    padding."""
+    """generation_config.json, if there → ids that end an answer, ids that are never made, id of padding."""
     path = folder / "generation_config.json"
     if not path.exists():
         return [], [], pad
@@ -85,14 +78,13 @@ def generation_ids(folder, pad):
 
 
 def read_weights(folder):
-    """The tensors of model.safetensors, or of the shards that its index names → {name: tensor},
-    memory-mapped."""
+    """model.safetensors, or the shards that its index names → {name: tensor}, memory-mapped."""
     files = {"model.safetensors"}
     index = folder / "model.safetensors.index.json"
     if index.exists():
         with reading(index, "a weight_map of tensor names to file names"):
             files = set(read_json(index)["weight_map"].values())
-            if any(file in ("", "..") or file != Path(file).name for file in files):
+            if any(file != Path(file).name for file in files):
                 raise ValueError(f"files elsewhere: {files}")
     tensors = {}
     for file in sorted(files):

@@ -29,7 +29,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def reading(path, what):
-    """Around plain parsing of `path`: whatever goes wrong becomes InputError `path: expected WHAT, found …`."""
+    """Around parsing of `path`: whatever goes wrong becomes InputError `PATH: expected WHAT, found …`."""
     try:
         yield
     except InputError:
@@ -95,7 +95,7 @@ def read_tensors(path, what):
 @contextlib.contextmanager
 def written_whole(path):
     """→ a temporary name to write to, which becomes `path` once all of it is on the disk: a crash leaves the
-    older file whole. Raises InputError, and leaves nothing behind, if the disk is full or the folder closed."""
+    older file whole. Raises InputError, and leaves nothing behind, if there is no room or no right to."""
     temporary = Path(f"{path}.tmp")
     try:
         with reading(path, "a file that can be written"):
@@ -134,8 +134,8 @@ def save_tensors(path, tensors, about):
 
 
 class Stored(nn.Module):
-    """A module with a safetensors file: `load` gives the constructor `sizes(tensors)`, then the options `kept`
-    (name → type), which travel in the metadata."""
+    """A module with a safetensors file: `load` gives the constructor `sizes(tensors)` and the options `kept`,
+    name → type, which travel in the metadata."""
     kept = {}
 
     @staticmethod

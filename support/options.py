@@ -5,6 +5,7 @@ import inspect
 import math
 import sys
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,28 +26,23 @@ MOVED = {                         # an option of earlier versions → what does 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """A line for most options; values are N."""
 
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=26)
-
     def _get_default_metavar_for_optional(self, action):
         return "N"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line (InputError, exit status 2) and no abbreviations. The script's
-    docstring is its help."""
+    """argparse with errors of one line (InputError), no abbreviations, the script's docstring as its help."""
 
     def __init__(self, doc, prog=None):
         first, _, rest = doc.partition("\n\n")
         super().__init__(prog=prog, usage="%(prog)s [options]", description=first, epilog=rest,
-                         allow_abbrev=False, formatter_class=HelpFormatter)
+                         allow_abbrev=False, formatter_class=partial(HelpFormatter, max_help_position=26))
 
     def error(self, message):
         raise InputError(message)
 
     def parse(self, argv=None):
-        """The arguments (default: of the command line). An option that is not there is named, with the one
-        that was meant."""
+        """The arguments (default: of the command line). For an unknown option, the one that was meant."""
         args, unknown = self.parse_known_args(argv)
         if not unknown:
             return args
@@ -59,23 +55,18 @@ class Parser(argparse.ArgumentParser):
                          + (f"; did you mean {near[0]}?" if near else ""))
 
     def use(self, saved, path, but=()):
-        """The saved arguments become defaults, if there is such an option; what is typed wins. Raises
-        InputError."""
+        """The saved arguments become defaults, where there is such an option; what is typed wins."""
         for action in self._actions:
             value = saved.get(action.dest)
             if value is None or action.dest in but:
                 continue
-            try:
-                if isinstance(value, bool) != (action.nargs == 0) or not isinstance(value, (str, int, float) if action.type else (str, bool)):
-                    raise ValueError
-                value = action.type(str(value)) if action.type else value
-                if action.choices and value not in action.choices:
-                    raise ValueError
-            except (ValueError, argparse.ArgumentTypeError):
-                option = action.option_strings[0]
-                found = f"{option} {value!r:.80}"
-                raise InputError(f"{path}: expected the arguments of a run, found {found}") from None
-            action.default = value
+            with reading(path, f"the arguments of a run, not {action.option_strings[0]} {value!r:.80}"):
+                kinds = (str, int, float) if action.type else (str, bool)
+                if isinstance(value, bool) != (action.nargs == 0) or not isinstance(value, kinds):
+                    raise TypeError(f"a {type(value).__name__}")
+                action.default = action.type(str(value)) if action.type else value
+                if action.choices and action.default not in action.choices:
+                    raise ValueError(f"none of {', '.join(action.choices)}")
 
 
 def number(kind, least, most=math.inf):
@@ -91,8 +82,7 @@ def number(kind, least, most=math.inf):
 
 
 def early(names, argv=None):
-    """What the command line says of these options (text, or None), before the parser that needs to know it is
-    made."""
+    """What the command line says of these options (text, or None), for whoever makes the parser."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(f"--{name}", nargs="?")
@@ -100,7 +90,7 @@ def early(names, argv=None):
 
 
 def read_run(folder, methods):
-    """What args.json of a run says: its arguments, as a dict. Raises InputError if it is something else."""
+    """The arguments in a run's args.json, a dict. Raises InputError if it is something else."""
     path = Path(folder) / "args.json"
     what = "the arguments of a run of train.py or experiments.layerwise"
     with reading(path, what):
@@ -113,8 +103,8 @@ def read_run(folder, methods):
 
 
 def add_common_arguments(parser, argv, datasets):
-    """What train.py and eval.py share → the group `run`. Some defaults are those of the dataset and of the
-    device that the command line names. datasets: data.DATASETS."""
+    """What train.py and eval.py share → the group `run`. Some defaults depend on the dataset and the device
+    that the command line names."""
     given = early(("dataset", "device"), argv)
     dataset = given.dataset if given.dataset in datasets else "toy"
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,8 +114,7 @@ def add_common_arguments(parser, argv, datasets):
     add("--data", default="data", metavar="FOLDER", help="okvqa/, vqav2/, coco/ as published (default data)")
     add("--task", type=number(int, 0), default=0, metavar="N", help="number of a toy's rule (default 0)")
     add("--samples", type=number(int, 1), default=1000, help="to train on and to show (default 1000)")
-    add("--dev-samples", type=number(int, 0), default=200,
-        help="more training samples, not trained on, that choose the epoch (default 200; a sixth at most)")
+    add("--dev-samples", type=number(int, 0), default=200, help="others, that choose the epoch (default 200)")
     add("--seed", type=int, default=0, help="draws samples, ICDs and the adapter's start (default 0)")
     add("--skip-bad-images", action="store_true", help="leave out samples with missing or damaged pictures")
     add("--limit", type=number(int, 1), metavar="N", help="evaluate the first N items only (default: all)")
@@ -135,8 +124,7 @@ def add_common_arguments(parser, argv, datasets):
     add("--device", default=device, help="cpu, cuda, cuda:1 … (default: cuda if there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=dtype,
         help="of the frozen weights; adapters are fp32 always (default: bfloat16 on cuda, else float32)")
-    add("--official", action="store_true",
-        help="prompts, aligned state, tokens of the loss, Z2 and positions as in the official code")
+    add("--official", action="store_true", help="prompts, positions, losses and Z2 as in the official code")
     add = parser.add_argument_group("generation").add_argument
     add("--num-beams", type=number(int, 1, 100), default=3, help="1 = greedy (default 3)")
     add("--length-penalty", type=number(float, -100, 100), default=0.0, help="0 = none (default 0)")
@@ -148,8 +136,7 @@ def add_common_arguments(parser, argv, datasets):
 
 
 def add_training_arguments(parser, methods, takes):
-    """Options of train.py, whatever the method. takes: names of options of the method's loss; others are not
-    offered."""
+    """Options of train.py. Of those of a loss only what the method's `takes`, by name, are offered."""
     add = parser.add_argument_group("training").add_argument
     add("--method", choices=methods, default="mimic", help="what is trained (default mimic): see below")
     add("--init", metavar="FOLDER", help="start from the adapter of another run (default: random)")
@@ -184,7 +171,6 @@ def add_training_arguments(parser, methods, takes):
 
 
 def taken(function, options):
-    """Those of the options (a dict) that the function takes by name; its `model` is the model, --model a
-    folder."""
+    """Those of the options (a dict) that the function takes by name; its `model` is none of them."""
     names = inspect.signature(function).parameters
     return {name: options[name] for name in names if name in options and name != "model"}

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from support.files import InputError, chunks
+from support.files import InputError, chunks, reading
 
 # What the content of a file may be, whatever it is called. Not EPS, which Pillow has Ghostscript run.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -16,34 +16,27 @@ Image.MAX_IMAGE_PIXELS = None     # Pillow's own limit, half of it a warning: `o
 
 def open_image(path, read=True):
     """The PIL image, its pixels read and the file closed; read=False: only its header. Raises InputError."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels: a decompression bomb")
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:      # MPO: a JPEG, its preview
-                raise ValueError(f"an animation of {image.n_frames} frames")
-            if read:
-                image.load()
-            return image
-    except FileNotFoundError:
-        raise InputError(f"{path}: expected an image, found no file") from None
-    except Exception as e:                                        # decoders raise anything for wrong bytes
-        found = " ".join(str(e).split()) or type(e).__name__
-        raise InputError(f"{path}: expected a complete image, found: {found}") from None
+    with reading(path, "a complete image"), Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels: a decompression bomb")
+        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:      # MPO: a JPEG and its preview
+            raise ValueError(f"an animation of {image.n_frames} frames")
+        if read:
+            image.load()
+        return image
 
 
 def readable(skip, *parts):
     """The lists of samples, the headers of their pictures looked at before the long work: InputError for the
-    first bad one. With skip all bytes are looked at, and samples with bad pictures are left out and
-    listed."""
+    first bad one. With skip, all bytes are, and samples with bad pictures are left out and listed."""
     bad = {}
     for s in {s.image_id: s for part in parts for s in part}.values():
         try:
             s.picture() if skip else s.picture_size()
         except InputError as e:
-            bad[s.image_id] = str(e)
             if not skip:
                 raise
+            bad[s.image_id] = str(e)
     kept = [[s for s in part if s.image_id not in bad] for part in parts]
     if skip:
         print("\n".join([f"--skip-bad-images: {len(bad)} bad pictures", *bad.values()]))
@@ -68,19 +61,18 @@ def pixels(size):
 
 
 class ImageTransform:
-    """PIL images → pixel tensors. Equal bit by bit to transformers' Idefics2ImageProcessor (PIL) without
-    image splitting."""
+    """Bit by bit transformers' Idefics2ImageProcessor (PIL) without image splitting."""
 
     def __init__(self, longest_edge=980, shortest_edge=378, mean=(0.5,) * 3, std=(0.5,) * 3, rescale=1 / 255,
                  resample=Image.Resampling.BILINEAR):
         self.longest, self.shortest = longest_edge, shortest_edge                        # pixels
         self.resample = Image.Resampling(resample)
-        # A byte has 256 values: the published arithmetic (rescaled in fp64, kept in fp32, normalised in
-        # fp32), done once.
+        # A byte has 256 values: the published arithmetic (rescaled in fp64, normalised in fp32), done once.
         scaled = (np.arange(256, dtype=np.float64) * rescale).astype(np.float32)[:, None]
         with np.errstate(all="ignore"):
             self.pixel_of_byte = (scaled - np.array(mean, np.float32)) / np.array(std, np.float32)   # (256,3)
-        if self.pixel_of_byte.shape != (256, 3) or not (self.pixel_of_byte[1:] > self.pixel_of_byte[:-1]).all():
+        rising = self.pixel_of_byte[1:] > self.pixel_of_byte[:-1]
+        if rising.shape != (255, 3) or not rising.all():
             raise ValueError(f"image_mean {mean!r:.50}, image_std {std!r:.50}, scale {rescale!r:.50}")
 
     @classmethod
@@ -96,11 +88,8 @@ class ImageTransform:
         return {name: pixels(size.get(name)) for name in ("longest_edge", "shortest_edge")}
 
     def resized(self, width, height):
-        """Width and height in pixels after the resize: the longer side at most `longest`, each side at least
-        `shortest`.
-
-        The two bounds are independent, so that small pictures lose their aspect ratio, as in the published
-        transform."""
+        """Width and height after the resize: the longer side at most `longest`, each at least `shortest`, so
+        that small pictures lose their aspect ratio, as published."""
         ratio = width / height
         if width >= height and width > self.longest:
             width, height = self.longest, int(self.longest / ratio)
@@ -109,8 +98,7 @@ class ImageTransform:
         return max(width, self.shortest), max(height, self.shortest)
 
     def images(self, pictures):
-        """PIL images → pixel_values (N,3,H,W) fp32, pixel_mask (N,H,W) bool; smaller ones are padded with 0
-        below and right."""
+        """PIL images → pixel_values (N,3,H,W) fp32, zeros below and right, pixel_mask (N,H,W) bool."""
         arrays = []
         for picture in map(to_rgb, pictures):
             size = self.resized(*picture.size)

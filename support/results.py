@@ -26,7 +26,7 @@ ALSO = ("model", "task", "samples", "dtype", "official", "num_beams", "length_pe
 
 
 def new_row(args, metric, split, method, shots, n, made_of="", parameters=0, seconds=0):
-    """What a row says before it is made. `made_with`: digest of all that its answers depend on; made_of: of its
+    """What a row says before it is made. made_with: digest of all that its answers depend on; made_of: of the
     adapter."""
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "run", "resume")}
     made_with = hashlib.sha256(json.dumps([settings, split, made_of], sort_keys=True).encode()).hexdigest()
@@ -64,7 +64,7 @@ def read_rows(path):
 
 
 def read_predictions(path):
-    """The objects of a predictions.jsonl, none if it is not there; a last line that a crash cut is left out."""
+    """The objects of a predictions.jsonl, none if it is not there, without a last line that a crash cut."""
     if not Path(path).exists():
         return []
     with reading(path, "a prediction, a JSON object, in every line"):
@@ -96,9 +96,9 @@ class Unfinished:
             print(f"{self.title}: all {row['n']} answers are there already")
             return
         found = read_predictions(self.predictions)
-        mine = [x for x in found if alike(x, row) and x.get("made_with") == row["made_with"]]
+        mine = [x for x in found if resume and alike(x, row) and x.get("made_with") == row["made_with"]]
+        self.made = {x["number"]: x for x in mine}
         self.others = [x for x in found if not alike(x, row)]
-        self.made = {x["number"]: x for x in mine if resume}
         wait()                                                # nobody writes before all have read
         write_text(self.predictions, lines(self.others + list(self.made.values())))
 
@@ -154,8 +154,8 @@ def table(rows):
 
 # ---- A run of train.py
 def begin_run(folder, args, resume):
-    """Makes the folder with args.json → whether all of the run is there already. Raises InputError for a folder
-    of another run, or of an unfinished one that nobody asks to resume.  args: a dict."""
+    """Makes the folder with args.json (args: a dict) → whether all of the run is there already. Raises
+    InputError for a folder of another run, or of an unfinished one that nobody asks to resume."""
     path = Path(folder) / "args.json"
     state = Path(folder) / "state.safetensors"
     mine = json.loads(json.dumps({k: v for k, v in args.items() if k not in ("resume", "out")}))
@@ -164,7 +164,7 @@ def begin_run(folder, args, resume):
         with reading(path, "the arguments of a run"):
             old = dict(read_json(path))
     elif (Path(folder) / "results.json").exists():
-        raise InputError(f"{folder}: expected no results of another command, found some; choose another --out")
+        raise InputError(f"{folder}: expected no other command's results, found some; choose another --out")
     named = old.keys() - {"out", "commit", "torch", "python", "started", "finished"}
     differ = sorted(k for k in named if old[k] != mine.get(k))
     if differ and any(Path(folder).glob("*.safetensors")):
@@ -192,16 +192,13 @@ def already_finished(folder):
 
 def commit():
     """The commit of this code, "" if nobody knows."""
-    try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
+    return subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent,
+                          capture_output=True, text=True).stdout.strip()
 
 
 @contextlib.contextmanager
 def open_log(path, columns, step):
-    """log.csv with the rows of the first `step` steps, to write more to. Raises InputError if they are gone."""
+    """log.csv with the rows of the first `step` steps, to write more. Raises InputError if they are gone."""
     found = [",".join(columns)]
     if step:
         with reading(path, f"the rows of {step} steps"):
@@ -223,13 +220,13 @@ def finish_run(folder):
         (Path(folder) / "state.safetensors").unlink(missing_ok=True)
 
 
-def show_answers(folder, dataset, split, n=3):
-    """Prints a few questions with what each method said to them."""
+def show_answers(folder, dataset, split):
+    """Prints three questions with what each method said to them."""
     said = {}
     for p in read_predictions(Path(folder) / "predictions.jsonl"):
         if p["dataset"] == dataset and p["split"] == split:
             said.setdefault(p["id"], []).append(p)
-    for found in list(said.values())[:n]:
+    for found in list(said.values())[:3]:
         first = found[0]
         truth = max(first["answers"], key=first["answers"].count) if first["answers"] else "?"
         print(f"\nimage {first['image_id']}  {first['question'] or ''}  (truth: {truth})")

@@ -9,11 +9,6 @@
 import torch
 
 
-def of(ids, beams):
-    """ids (B,·,T) of the beams (B,n) → (B,n,T)."""
-    return ids.take_along_dim(beams[:, :, None], 1)
-
-
 class BeamSearch:
     """Beam search over B prompts with K beams, as transformers with early_stopping=False; K = 1 is greedy.
 
@@ -40,8 +35,7 @@ class BeamSearch:
         self.done = False
 
     def step(self, logits):
-        """fp32 logits (B,vocab), later (B·K,vocab) → new tokens and the rows that they continue, (B·K,)
-        each."""
+        """Logits (B,vocab), later (B·K,vocab) → new tokens and the rows that they continue, (B·K,) each."""
         B, K, most = self.ids.shape
         vocab = logits.shape[1]
         rows = len(logits) // B               # beams of a prompt that came in: 1 at first, then K
@@ -53,7 +47,7 @@ class BeamSearch:
         top, at = total.flatten(1).topk(n)                               # (B,n): the best continuations
         parent = at // vocab
         token = at % vocab
-        ids = of(self.ids, parent)
+        ids = self.ids.take_along_dim(parent[:, :, None], 1)
         ids[:, :, self.t] = token
         self.t += 1
         ended = torch.isin(token, self.ends) | (self.t == most)
@@ -62,10 +56,10 @@ class BeamSearch:
         finished[:, K:] = self.NONE
         finished = finished.masked_fill(~ended | self.settled[:, None], self.NONE)
         self.best, keep = torch.cat([self.best, finished], 1).topk(K)
-        self.best_ids = of(torch.cat([self.best_ids, ids], 1), keep)
+        self.best_ids = torch.cat([self.best_ids, ids], 1).take_along_dim(keep[:, :, None], 1)
 
         self.score, keep = top.masked_fill(ended, self.NONE).topk(K)
-        self.ids = of(ids, keep)
+        self.ids = ids.take_along_dim(keep[:, :, None], 1)
         self.settled |= self.score[:, 0] / self.t ** self.penalty <= self.best[:, -1]
         self.done = bool(self.settled.all()) or self.t == most
         first_rows = torch.arange(B, device=at.device)[:, None] * rows

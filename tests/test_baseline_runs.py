@@ -110,7 +110,7 @@ def test_without_a_teacher_nobody_reads_demonstrations():
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--method", "hificl", "--official"], "--official: expected a method of the official code"),
+    (["--method", "hificl", "--official"], "--official: expected a method "),
     (["--method", "prompt-tuning", "--lambda-align", "1"], "expected options that --help names, found --lambda-align"),
     (["--method", "lora", "--targets", "w_q"], "--targets: expected names of linear layers .* found w_q")])
 def test_what_does_not_go_together_is_refused_in_one_line(options, message, tmp_path):
@@ -137,24 +137,19 @@ def test_staves_loss_is_the_mean_of_two_lm_losses(tiny):
 def test_lora_everywhere_trains_the_vision_tower_through_the_pictures(tiny):
     model, processor, queries, icds = tiny
     lora = random_lora(model, scope="all")
-    _, ce = losses(model, lora, collate(queries, icds, processor, TEMPLATES["toy"]), {}, lambda_align=0)
-    ce.backward()
+    losses(model, lora, collate(queries, icds, processor, TEMPLATES["toy"]), {}, lambda_align=0)[1].backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in lora.parameters())
     assert any("vision_model" in name for name in lora.A) and all(p.grad is None for p in model.parameters())
 
 
 def test_dropout_is_for_training_alone(tiny):
     model, processor, queries, icds = tiny
-    lora = random_lora(model, dropout=0.5)
-    features = encode_images(model, processor, queries, {})
+    lora, features = random_lora(model, dropout=0.5), encode_images(model, processor, queries, {})
     batch = collate(queries, icds, processor, TEMPLATES["toy"])
-
-    def twice():
-        return [losses(model, lora, batch, features, lambda_align=0)[1].item() for _ in range(2)]
-
-    assert len(set(twice())) == 2
-    lora.eval()
-    assert len(set(twice())) == 1
+    for _ in range(2):
+        ce = {losses(model, lora, batch, features, lambda_align=0)[1].item() for _ in range(2)}
+        assert len(ce) == 1 + lora.training
+        lora.eval()
 
 
 def test_the_answers_of_the_base_model_do_not_change_with_an_adapter_in_between(tiny):

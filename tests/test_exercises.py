@@ -45,8 +45,9 @@ def solved(folder, steps, changes=()):
         for name in sorted((n.split(".", 1)[1] for n in names), key=lambda n: -functions("\n".join(lines))[n][0]):
             start, end = functions("\n".join(lines))[name]
             lines[start:end] = ours.splitlines()[slice(*right[name])]
-        more = ["from experiments.layerwise import covariance  # our start_f uses it"] if room == "layerwise" else []
-        text = "\n".join([*lines, *more, ""])
+        if room == "layerwise":
+            lines += ours.splitlines()[slice(*right["covariance"])]                      # our start_f uses it
+        text = "\n".join([*lines, ""])
         for piece, wrong in changes:
             text = text.replace(piece, wrong)
         (folder / f"{room}.py").write_text(text)

@@ -4,8 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
+from transformers.models.idefics import processing_idefics
+from transformers.models.mistral import modeling_mistral as mistral
 
+from mimic import Recorder
 from model import Idefics2, RMSNorm, Shifts, attention, rope, rotate
 from models.idefics1 import Idefics1, latest_picture
 from support.files import InputError
@@ -16,24 +20,8 @@ TOLERANCE = dict(rtol=0, atol=1e-4)     # fp32 sums in another order, states and
 EXACT = dict(rtol=0, atol=1e-10)        # fp64: the same mathematics twice
 
 
-class Record(Shifts):
-    """Keeps what every layer's feed-forward and every layer returns."""
-
-    def __init__(self):
-        self.ffn, self.layer = [], []
-
-    def after_ffn(self, layer, ffn_out):
-        self.ffn.append(ffn_out)
-        return ffn_out
-
-    def after_layer(self, layer, hidden_states):
-        self.layer.append(hidden_states)
-        return hidden_states
-
-
 class Explicit(Shifts):
     """Asks for lse, and so for our own attention, and changes nothing."""
-
     def after_attention(self, layer, q, k, out, lse):
         return out
 
@@ -48,21 +36,10 @@ def outputs_of(modules, run):
     return result, [out[0] for out in kept]
 
 
-def input_of(module, run):
-    """What `module` got while `run()` ran."""
-    kept = []
-    hook = module.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
-    run()
-    hook.remove()
-    return kept[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Vectors recorded from transformers 5.23
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Vectors recorded from transformers 5.23
 @pytest.fixture(scope="module", params=["i2_a", "i1_a"])
 def golden(request, shared):
-    """The model in fp32 and fp64, the inputs with their real images only, and the recorded outputs of golden/i2_a or i1_a."""
+    """The model in fp32 and fp64, its inputs with the real images only, the recorded outputs."""
     folder, kind = shared / "golden" / request.param, {"i2_a": Idefics2, "i1_a": Idefics1}[request.param]
     given = SimpleNamespace(**load_file(folder / "inputs.safetensors"), out=load_file(folder / "outputs.safetensors"),
                             folder=folder, model=kind.from_pretrained(folder), exact=kind.from_pretrained(folder, torch.float64))
@@ -86,8 +63,6 @@ def test_vision_tower_and_connector_equal_the_recorded_ones_stage_by_stage(golde
     for name, modules in stages.items():
         _, ours = outputs_of(modules, lambda: golden.model.encode_images(golden.pixels, golden.mask))
         torch.testing.assert_close(torch.stack(ours).view_as(golden.out[name]), golden.out[name], **TOLERANCE, msg=name)
-    embeddings = input_of(vision.encoder.layers[0], lambda: golden.model.encode_images(golden.pixels, golden.mask))
-    torch.testing.assert_close(embeddings, golden.out["vision_embeddings"].view_as(embeddings), **TOLERANCE)
     torch.testing.assert_close(golden.features, golden.out["image_features"], **TOLERANCE)
 
 
@@ -101,26 +76,17 @@ def test_clip_resampler_and_gated_blocks_equal_the_recorded_ones_stage_by_stage(
         _, ours = outputs_of(modules, lambda: golden.model.encode_images(golden.pixels, golden.mask))
         expected = golden.out[name].view(len(modules), len(real), *golden.out[name].shape[-2:])[:, real]
         torch.testing.assert_close(torch.stack(ours), expected, **TOLERANCE, msg=name)
-    embeddings = input_of(vision.pre_layrnorm, lambda: golden.model.encode_images(golden.pixels, golden.mask))
-    torch.testing.assert_close(embeddings, golden.out["vision_embeddings"][real], **TOLERANCE)
     torch.testing.assert_close(golden.features, golden.out["image_features"][real], **TOLERANCE)
     patches, valid = golden.model.patches(golden.pixels, golden.mask)                     # those without the class token
     torch.testing.assert_close(patches, golden.out["vision_layers"][-1][real][:, 1:], **TOLERANCE)
-    assert valid.shape == patches.shape[:2] and valid.all()
+    assert valid.all()
     _, ours = outputs_of(list(text.gated_cross_attn_layers),
                          lambda: golden.model(golden.input_ids, golden.attention_mask, golden.features))
     torch.testing.assert_close(torch.stack(ours)[:, golden.keep], golden.out["cross_layers"][:, golden.keep], **TOLERANCE)
 
 
-@pytest.mark.parametrize("golden", ["i2_a"], indirect=True)
-def test_patch_position_ids_equal_the_recorded_ones(golden):
-    embedding = golden.model.model.vision_model.embeddings.position_embedding
-    ids = input_of(embedding, lambda: golden.model.encode_images(golden.pixels, golden.mask))
-    assert torch.equal(ids, golden.out["vision_position_ids"])
-
-
 def test_every_decoder_layer_and_the_logits_equal_the_recorded_ones(golden):
-    record = Record()
+    record = Recorder()
     logits = golden.model(golden.input_ids, golden.attention_mask, golden.features, record)
     for ours, name in ((record.ffn, "text_mlp_out"), (record.layer, "text_layers")):
         torch.testing.assert_close(torch.stack(ours)[:, golden.keep], golden.out[name][:, golden.keep], **TOLERANCE)
@@ -139,30 +105,26 @@ def test_a_prompt_without_images_needs_no_features(golden):
     torch.testing.assert_close(logits[golden.keep[2:]], expected[golden.keep[2:]], **TOLERANCE)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# transformers itself, on random models
-# ---------------------------------------------------------------------------------------------------------------------
-def idefics2_reference(transformers, text, vision, perceiver):
-    text = {"model_type": "mistral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "vocab_size": 60, "pad_token_id": 0, "rms_norm_eps": 1e-5, **dict(text)}
-    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
-              "patch_size": 4, **dict(vision)}
-    perceiver = {"hidden_size": text["hidden_size"], "rms_norm_eps": 1e-5, "resampler_n_latents": 3, "resampler_depth": 2,
-                 "resampler_n_heads": 4, "resampler_head_dim": 6, "num_key_value_heads": 2, **dict(perceiver)}
+# ---- transformers itself, on random models
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION = {"hidden_size": 24, "embed_dim": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 4}
+RESAMPLER = {"resampler_n_latents": 3, "resampler_depth": 2, "resampler_n_heads": 4, "resampler_head_dim": 6}
+
+
+def idefics2_reference(text, vision, perceiver):
+    text = {"model_type": "mistral", "num_key_value_heads": 2, "vocab_size": 60, "pad_token_id": 0, "rms_norm_eps": 1e-5} | text
+    perceiver = {"hidden_size": 32, "rms_norm_eps": 1e-5, "num_key_value_heads": 2} | perceiver
     config = transformers.Idefics2Config(text_config=text, vision_config=vision, perceiver_config=perceiver, image_token_id=IMAGE)
     config._attn_implementation = "eager"
     return transformers.Idefics2ForConditionalGeneration(config)
 
 
-def idefics1_reference(transformers, text, vision, perceiver):
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": IMAGE - 1,
-            "additional_vocab_size": 4, "cross_layer_interval": 1, "qk_layer_norms": True, "use_resampler": True,
-            "freeze_text_layers": False, "freeze_vision_layers": False, **dict(text)}
-    vision = {"embed_dim": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
-              "patch_size": 4, "hidden_act": "gelu", **dict(vision)}
-    perceiver = {"resampler_n_latents": 3, "resampler_depth": 2, "resampler_n_heads": 4, "resampler_head_dim": 6,
-                 "qk_layer_norms_perceiver": True, **dict(perceiver)}
-    config = transformers.IdeficsConfig(vision_config=vision, perceiver_config=perceiver, **text)
+def idefics1_reference(text, vision, perceiver):
+    text = {"vocab_size": IMAGE - 1, "additional_vocab_size": 4, "cross_layer_interval": 1, "qk_layer_norms": True,
+            "use_resampler": True, "freeze_text_layers": False, "freeze_vision_layers": False} | text
+    config = transformers.IdeficsConfig(vision_config=vision | {"hidden_act": "gelu"}, **text,
+                                        perceiver_config=perceiver | {"qk_layer_norms_perceiver": True})
     config._attn_implementation = "eager"
     return transformers.IdeficsForVisionText2Text(config)
 
@@ -172,11 +134,8 @@ REFERENCES = {Idefics2: idefics2_reference, Idefics1: idefics1_reference}
 
 def save_reference(folder, seed=0, text=(), vision=(), perceiver=(), generation=(), end_boost=1.0, kind=Idefics2):
     """A random model of transformers, the judge of `kind`, saved to `folder`. end_boost scales the end tokens' logits."""
-    transformers = pytest.importorskip("transformers")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     torch.manual_seed(seed)
-    model = REFERENCES[kind](transformers, text, vision, perceiver).eval()
+    model = REFERENCES[kind](TEXT | dict(text), VISION | dict(vision), RESAMPLER | dict(perceiver)).eval()
     for name, p in model.named_parameters():      # everything random, or what a model does with ones and zeros goes unseen
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=p[0].numel() ** -0.5 if "embed" not in name and "latents" not in name else 1.0)
@@ -205,30 +164,22 @@ def make_batch(model, seed, images, sizes, text_length=9, adjacent=False):
             row[cut:cut] = [IMAGE] * n_latents
         rows.append(row)
         real.append([torch.randn(3, *sizes[(sum(images[:len(real)]) + i) % len(sizes)], generator=g) for i in range(n)])
-    longest, (H, W) = max(map(len, rows)), (max(size[i] for size in sizes) for i in (0, 1))
-    input_ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    theirs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    batch = SimpleNamespace(input_ids=input_ids, attention_mask=attention_mask, keep=attention_mask.bool(), theirs=theirs,
-                            images=[image for row in real for image in row], pixels=None, mask=None)
-    if batch.images or one_size:
-        most = max(1, *images)
-        pixels, mask = torch.zeros(len(rows), most, 3, H, W), torch.zeros(len(rows), most, H, W, dtype=torch.bool)
-        for b, row in enumerate(real):
-            for i, image in enumerate(row):
-                h, w = image.shape[1:]
-                pixels[b, i, :, :h, :w], mask[b, i, :h, :w] = image, True
-        theirs |= {"pixel_values": pixels} | ({} if one_size else {"pixel_attention_mask": mask})
-        batch.there = mask.flatten(2).any(-1)
-        batch.pixels, batch.mask = pixels[batch.there], mask[batch.there]
+    input_ids = torch.tensor([[0] * (max(map(len, rows)) - len(row)) + row for row in rows])
+    keep, most, (H, W) = input_ids != 0, max(1, *images), (max(size[i] for size in sizes) for i in (0, 1))
+    pixels, mask = torch.zeros(len(rows), most, 3, H, W), torch.zeros(len(rows), most, H, W, dtype=torch.bool)
+    for b, row in enumerate(real):
+        for i, image in enumerate(row):
+            h, w = image.shape[1:]
+            pixels[b, i, :, :h, :w], mask[b, i, :h, :w] = image, True
+    there = mask.flatten(2).any(-1)
+    theirs = {"input_ids": input_ids, "attention_mask": keep.long()}
     if one_size:
-        seen = torch.zeros(*input_ids.shape, most, dtype=torch.long)
-        for b, row in enumerate(input_ids.tolist()):
-            for t in range(len(row)):
-                if n := row[:t + 1].count(IMAGE):
-                    seen[b, t, n - 1] = 1
-        theirs["image_attention_mask"] = seen
-    return batch
+        latest = (input_ids == IMAGE).cumsum(1)
+        theirs |= {"pixel_values": pixels, "image_attention_mask": torch.nn.functional.one_hot(latest, most + 1)[..., 1:]}
+    elif any(images):
+        theirs |= {"pixel_values": pixels, "pixel_attention_mask": mask}
+    return SimpleNamespace(input_ids=input_ids, attention_mask=keep.long(), keep=keep, theirs=theirs, images=sum(images),
+                           there=there, pixels=pixels[there], mask=mask[there])
 
 
 def features_of(model, batch):
@@ -246,36 +197,30 @@ def run_reference(theirs, batch):
         result, states = outputs_of([layer.mlp for layer in decoder] + list(decoder), lambda: theirs(**batch.theirs))
     hook.remove()
     features = found[0] if batch.images else None
-    if batch.images and len(features) > len(batch.images):              # Idefics1's are those of the padding images, too
+    if batch.images and len(features) > batch.images:                   # Idefics1's are those of the padding images, too
         features = features[batch.there.flatten()]
     return result.logits, features, states[:len(decoder)], states[len(decoder):]
 
 
 CASES = {
-    "gqa_1_two_heads": dict(text=dict(num_key_value_heads=4), images=[1, 2], sizes=[(28, 28)]),
+    "gqa_1": dict(text=dict(num_key_value_heads=4), perceiver=dict(num_key_value_heads=4, resampler_depth=3), images=[1, 2],
+                  sizes=[(28, 28)]),
     "gqa_2_head_dim_of_its_own": dict(text=dict(head_dim=10), images=[2, 0, 1], sizes=[(28, 20), (12, 24)]),
-    "gqa_4_partial_patches": dict(text=dict(num_key_value_heads=1), images=[1, 1], sizes=[(27, 22), (17, 25), (21, 28)]),
+    "gqa_4_partial_patches": dict(text=dict(num_key_value_heads=1), images=[1, 1], sizes=[(27, 22), (17, 25), (21, 28)],
+                                  perceiver=dict(num_key_value_heads=1, resampler_head_dim=9, resampler_n_latents=5)),
     "gqa_8_first_row_without_images": dict(text=dict(num_attention_heads=8, num_key_value_heads=1), images=[0, 3, 1],
                                            sizes=[(20, 28), (28, 12), (8, 9)]),
     "window_shorter_than_the_prompt": dict(text=dict(sliding_window=5), images=[1, 3, 0], sizes=[(24, 16), (16, 24)]),
-    "no_window": dict(text=dict(sliding_window=None), images=[2, 1], sizes=[(24, 16)]),
-    "adjacent_images": dict(images=[3, 2, 1], sizes=[(28, 8), (12, 12), (5, 27)], adjacent=True),
-    "perceiver_gqa_4": dict(perceiver=dict(num_key_value_heads=1, resampler_head_dim=9, resampler_n_latents=5), images=[1, 2],
-                            sizes=[(16, 16), (12, 28)]),
-    "perceiver_gqa_1_three_layers": dict(perceiver=dict(num_key_value_heads=4, resampler_depth=3), images=[2], sizes=[(16, 20)]),
+    "no_window_adjacent_images": dict(text=dict(sliding_window=None), images=[3, 2, 1], sizes=[(28, 8), (5, 27)], adjacent=True),
     "rope_theta_and_eps": dict(text=dict(rope_parameters={"rope_type": "default", "rope_theta": 50.0}, rms_norm_eps=1e-2),
                                vision=dict(layer_norm_eps=1e-2), perceiver=dict(rms_norm_eps=0.1), images=[1], sizes=[(16, 8)]),
     "grid_5": dict(vision=dict(image_size=35, patch_size=7), images=[1, 1, 1], sizes=[(35, 30), (14, 34), (48, 21)]),
-    "grid_14": dict(vision=dict(image_size=42, patch_size=3, num_attention_heads=3), images=[2, 1], sizes=[(42, 33), (26, 41)]),
+    "grid_14": dict(vision=dict(image_size=42, patch_size=3, num_attention_heads=3), images=[2, 1], sizes=[(42, 33), (26, 41)],
+                    text=dict(num_hidden_layers=5, intermediate_size=20)),
     "only_text": dict(images=[0, 0], sizes=[(8, 8)]),
-    "five_layers": dict(text=dict(num_hidden_layers=5, intermediate_size=20), images=[0, 1], sizes=[(8, 8)]),
 }
 CASES |= {f"idefics1_{name}": dict(kind=Idefics1, sizes=None, **case) for name, case in {
-    "a_block_before_every_layer": dict(images=[2, 0, 1]),
     "a_block_before_every_third_of_six_layers": dict(text=dict(num_hidden_layers=6, cross_layer_interval=3), images=[1, 3]),
-    "vector_gates_and_no_qk_norms": dict(text=dict(qk_layer_norms=False, alpha_type="vector"), images=[1, 2],
-                                         perceiver=dict(qk_layer_norms_perceiver=False, resampler_depth=3)),
-    "no_resampler": dict(text=dict(use_resampler=False), images=[0, 2]),
     "adjacent_images_first_row_without": dict(images=[0, 3, 2], adjacent=True),
     "only_text": dict(images=[0, 0]),
     "rope_theta_and_eps": dict(text=dict(rope_parameters={"rope_type": "default", "rope_theta": 50.0}, rms_norm_eps=1e-2),
@@ -296,7 +241,7 @@ def test_features_layers_and_logits_equal_transformers(case, gradients, tmp_path
     theirs = save_reference(tmp_path, seed=len(case), **given)
     batch = make_batch(theirs, len(case), images, sizes, adjacent=adjacent)
     expected_logits, expected_features, *states = run_reference(theirs, batch)
-    ours, record = given.get("kind", Idefics2).from_pretrained(tmp_path), Record()
+    ours, record = given.get("kind", Idefics2).from_pretrained(tmp_path), Recorder()
     with torch.set_grad_enabled(gradients):
         features = features_of(ours, batch)
         if batch.images:
@@ -324,7 +269,6 @@ def test_patch_positions_follow_the_published_rounding_on_the_70_by_70_grid(tmp_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rms_norm_equals_transformers_bit_for_bit(dtype):
-    mistral = pytest.importorskip("transformers.models.mistral.modeling_mistral")
     torch.manual_seed(0)
     x, weight = 3 * torch.randn(2, 5, 128).to(dtype), torch.rand(128)
     norms = RMSNorm(128, 1e-5), mistral.MistralRMSNorm(128, 1e-5)
@@ -335,7 +279,6 @@ def test_rms_norm_equals_transformers_bit_for_bit(dtype):
 
 
 def test_rotary_embedding_equals_transformers_bit_for_bit_at_the_published_size():
-    mistral = pytest.importorskip("transformers.models.mistral.modeling_mistral")
     torch.manual_seed(0)
     positions, x = torch.arange(4096)[None], torch.randn(1, 2, 4096, 128)
     expected, _ = mistral.apply_rotary_pos_emb(x, x, *mistral.MistralRotaryEmbedding(mistral.MistralConfig())(x, positions))
@@ -384,14 +327,7 @@ def test_bf16_errors_are_at_most_twice_those_of_transformers_in_bf16(tmp_path, s
         assert (mine - fp32).square().mean().sqrt() <= 2 * (bf16 - fp32).square().mean().sqrt()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What must not matter, and what is refused
-# ---------------------------------------------------------------------------------------------------------------------
-def test_explicit_attention_gives_the_logits_of_the_fused_one(golden):
-    logits = [golden.exact(golden.input_ids, golden.attention_mask, golden.exact_features, s) for s in (None, Explicit())]
-    torch.testing.assert_close(logits[0][golden.keep], logits[1][golden.keep], **EXACT)
-
-
+# ---- What must not matter, and what is refused
 @pytest.mark.parametrize("shifts", [None, Explicit()], ids=["fused", "explicit"])
 def test_more_left_padding_changes_no_logits(golden, shifts):
     ids, mask = (torch.nn.functional.pad(x, (7, 0)) for x in (golden.input_ids, golden.attention_mask))
@@ -436,13 +372,9 @@ def test_changing_one_image_leaves_the_features_of_the_others_alone(golden):
 
 def test_wrong_numbers_of_image_tokens_and_words_that_do_not_exist_are_refused(golden):
     n = golden.per_image
-    rows = [f"{i} images of {n} each" for i in range(4)]
-    with pytest.raises(InputError, match=f"{3 * n} image tokens in the prompts, but {rows[2]}"):
-        golden.model(golden.input_ids, golden.attention_mask, golden.features[:2])
-    with pytest.raises(InputError, match=f"{3 * n} image tokens in the prompts, but {rows[0]}"):
-        golden.model(golden.input_ids, golden.attention_mask)
-    with pytest.raises(InputError, match=f"0 image tokens in the prompts, but {rows[3]}"):
-        golden.model(golden.input_ids[2:], golden.attention_mask[2:], golden.features)
+    for rows, features, found, images in (0, golden.features[:2], 3 * n, 2), (0, None, 3 * n, 0), (2, golden.features, 0, 3):
+        with pytest.raises(InputError, match=f"{found} image tokens in the prompts, but {images} images of {n} each"):
+            golden.model(golden.input_ids[rows:], golden.attention_mask[rows:], features)
     for wrong in golden.n_words, -1:
         with pytest.raises(InputError, match=rf"expected token ids in 0 … {golden.n_words - 1}, found .*{wrong}"):
             golden.model(torch.tensor([[1, wrong]]), torch.ones(1, 2))
@@ -451,26 +383,16 @@ def test_wrong_numbers_of_image_tokens_and_words_that_do_not_exist_are_refused(g
 @pytest.mark.parametrize("golden", ["i1_a"], indirect=True)
 def test_pictures_of_another_size_or_with_padding_are_refused_where_there_is_one_size(golden):
     for pixels, mask in ((golden.pixels[..., :21], golden.mask[..., :21]), (golden.pixels, golden.mask & False)):
-        with pytest.raises(InputError, match="expected pictures of 28 x 28 pixels without padding, found 28 x"):
+        with pytest.raises(InputError, match="expected pictures of 28 x 28 pixels, found"):
             golden.model.encode_images(pixels, mask)
 
 
 def test_a_token_looks_at_the_latest_picture_as_the_published_processor_says():
     """None before the first, none behind </s> until the next; judge: transformers' own loop, on random ids with many of both."""
-    judge = pytest.importorskip("transformers.models.idefics.processing_idefics").image_attention_mask_for_packed_input_ids
+    judge = processing_idefics.image_attention_mask_for_packed_input_ids
     tokenizer = SimpleNamespace(convert_tokens_to_ids=lambda token: 3, eos_token_id=2)
     ids = torch.randint(0, 6, (200, 12), generator=torch.Generator().manual_seed(0))
     assert torch.equal(latest_picture(ids, 3, 2), judge(ids, tokenizer, "pt")[0])
-
-
-def test_a_row_that_may_attend_to_nothing_gives_zero_and_minus_infinity_and_no_gradient():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 3, 4, requires_grad=True) for _ in range(3))
-    mask = torch.tensor([[[[False] * 3, [True, False, False], [True] * 3]]])
-    out, lse = attention(q, k, v, mask)
-    assert out[:, :, 0].eq(0).all() and lse[:, :, 0].eq(-torch.inf).all()
-    (out.sum() + torch.sigmoid(-lse).sum()).backward()        # sigmoid(f − lse) is how a shift uses lse
-    assert q.grad[:, :, 0].eq(0).all() and all(x.grad.isfinite().all() and x.grad.ne(0).any() for x in (q, k, v))
 
 
 def test_key_value_heads_must_divide_the_heads():

@@ -15,7 +15,6 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import math
 import textwrap
 from collections import namedtuple
 
@@ -28,7 +27,8 @@ LANGUAGES = ["English", "French", "German", "Spanish"]
 # Lower case and no punctuation: VQA and caption metrics normalise both, and must not change the answers.
 TABLE = {
     "colour": """red rouge rot rojo | yellow jaune gelb amarillo | green vert grün verde | blue bleu blau azul
-    | purple violet lila morado | pink rose rosa rosado | brown marron braun pardo | black noir schwarz negro""",
+    | purple violet lila morado | pink rose rosa rosado | brown marron braun pardo
+    | black noir schwarz negro""",
     "shape": """circle cercle kreis círculo | square carré quadrat cuadrado | diamond losange raute rombo
     | star étoile stern estrella | cross croix kreuz cruz | heart cœur herz corazón | moon lune mond luna
     | ring anneau reif anillo""",
@@ -43,12 +43,10 @@ SIZES = [len(values) for values in WORDS]                                  # [8,
 
 QUESTIONS = {"toy": ["dax?", "wug?", "blick?", "fep?"], "toy-named": [f"{name}?" for name in ATTRIBUTES]}
 FORMATS = ["{}", "{} it is", "{} indeed"]    # the word that matters comes first, right behind the question
-TEMPLATES = [                                # six words each, so that none is given away by its length
-    "a {colour} {shape} {place} on {ground}",
-    "{place} the {shape} is {colour} {ground}",
-    "{ground} behind {shape} in {colour} {place}",
-    "see {shape} {colour} over {ground} {place}",
-]
+TEMPLATES = ["a {colour} {shape} {place} on {ground}",         # six words each: no length gives one away
+             "{place} the {shape} is {colour} {ground}",
+             "{ground} behind {shape} in {colour} {place}",
+             "see {shape} {colour} over {ground} {place}"]
 PROMPT = ["Image:", "Caption:", "\n"]
 
 
@@ -104,7 +102,7 @@ def is_task(rule):
 @functools.cache
 def task(kind, n):
     """The n-th downstream rule of a kind, of over 100. Raises ValueError past the last one."""
-    numbers = np.random.RandomState(0).permutation(math.prod(RADIX[kind]))       # a stream that never changes
+    numbers = np.random.RandomState(0).permutation(np.prod(RADIX[kind]))         # a stream that never changes
     rules = (Rule(kind, tuple(map(int, np.unravel_index(number, RADIX[kind])))) for number in numbers)
     for found in itertools.islice(filter(is_task, rules), n, None):
         return found
@@ -178,12 +176,10 @@ def draw_ground(ground, rng):
     slope = rng.choice((-1, 1))
     u = grid[None, :] / period + phase[0]
     v = grid[:, None] / period + phase[1]
-    patterns = [
-        np.zeros((len(grid), len(grid)), bool),
-        (0.75 * (u + slope * v)) % 1 < 0.5,
-        (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.27**2,
-        (u % 1 < 0.5) ^ (v % 1 < 0.5),
-    ]
+    patterns = [np.zeros((len(grid), len(grid)), bool),
+                (0.75 * (u + slope * v)) % 1 < 0.5,
+                (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.27**2,
+                (u % 1 < 0.5) ^ (v % 1 < 0.5)]
     return np.asarray(Image.fromarray(patterns[ground].astype(np.uint8) * 255).reduce(SCALE))
 
 
