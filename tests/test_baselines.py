@@ -9,7 +9,7 @@ import peft
 import pytest
 import spec
 import torch
-from conftest import TINY_CONFIG, with_pictures
+from conftest import with_pictures
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -23,7 +23,7 @@ from baselines.stave import STAVE, Parted, cue_length
 from data import ANSWER, PADDING, QUERY, TEMPLATES, Processor, Rows, Sample, collate, draw, encode_images, load, prompts
 from data import row as row_of
 from eval import count
-from model import Config, Idefics2, KVCache, attention, causal_mask
+from model import KVCache, attention, causal_mask
 from support.files import InputError
 
 CLOSE = {"rtol": 0, "atol": 1e-11}
@@ -52,64 +52,41 @@ def run(model, adapter, ids, mask, features=None):
     return adapter.student(model)(ids, mask, features, adapter)
 
 
-# ---- LoRA ------------------------------------------------------------------------------------------------------------
-def pictures(model, ids):
-    """Two pictures, and the prompts with their tokens."""
-    size = (28, 28) if model.text_model.crossed else (28, 42)
-    pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(3)).double()
-    return with_pictures(model, ids, at=(3,))[0], pixels, torch.ones(2, *size, dtype=torch.bool)
-
-
+# ---- LoRA
 @pytest.mark.parametrize("scope, dropout", [("text", 0.0), ("text", 0.3), ("all", 0.0)])
 def test_lora_has_the_logits_and_gradients_of_peft(model, scope, dropout):
     lora = trained("lora", model, scope=scope, alpha=6, dropout=dropout).train()
-    names = [name.replace("/", ".") for name in lora.A]
+    names = [key.replace("/", ".") for key in lora.A]
     config = peft.LoraConfig(r=4, lora_alpha=6, lora_dropout=dropout, target_modules=names)
     judge = peft.inject_adapter_in_model(config, copy.deepcopy(model)).double().train()
-    with torch.no_grad():
-        for name in names:
-            layer = judge.get_submodule(name)
-            layer.lora_A.default.weight.copy_(lora.A[name.replace(".", "/")])
-            layer.lora_B.default.weight.copy_(lora.B[name.replace(".", "/")])
-    ids, pixels, pixel_mask = pictures(model, torch.randint(3, 99, (2, 8), generator=torch.Generator().manual_seed(2)))
-    logits = []
+    pairs = [(ours[name.replace(".", "/")], getattr(judge.get_submodule(name), f"lora_{which}").default.weight)
+             for name in names for which, ours in (("A", lora.A), ("B", lora.B))]
+    for ours, theirs in pairs:
+        theirs.data.copy_(ours.data)
+    size = (28, 28) if model.text_model.crossed else (28, 42)
+    pixels, mask = torch.randn(2, 3, *size, dtype=torch.float64), torch.ones(2, *size, dtype=torch.bool)
+    ids, logits = with_pictures(model, torch.randint(3, 99, (2, 8)), at=(3,))[0], []
     for who in lora.student(model), judge:
         torch.manual_seed(5)                                              # the same dropout
-        logits.append(who(ids, torch.ones_like(ids), who.encode_images(pixels, pixel_mask)))
+        logits.append(who(ids, torch.ones_like(ids), who.encode_images(pixels, mask)))
         logits[-1].square().mean().backward()
     torch.testing.assert_close(*logits, **CLOSE)
     cross, resampler = (3 * 4, 3) if model.text_model.crossed else (0, 4)
     assert len(names) == {"text": 12, "all": 12 + cross + resampler + 2 * 3}[scope]        # and q k v of the vision tower
-    for name in names:
-        layer = judge.get_submodule(name)
-        torch.testing.assert_close(lora.A[name.replace(".", "/")].grad, layer.lora_A.default.weight.grad, **CLOSE)
-        torch.testing.assert_close(lora.B[name.replace(".", "/")].grad, layer.lora_B.default.weight.grad, **CLOSE)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours.grad, theirs.grad, **CLOSE)
 
 
 def test_lora_leaves_the_base_model_alone_and_copies_none_of_its_tensors(model):
     ids, mask = prompt()
-    before, names = model(ids, mask), [name for name, _ in model.named_modules()]
-    lora = trained("lora", model)
+    before, lora = model(ids, mask), trained("lora", model)
     student = lora.student(model)
-    assert not torch.allclose(student(ids, mask), before)
-    assert torch.equal(model(ids, mask), before) and [name for name, _ in model.named_modules()] == names
-    own = {id(p) for p in lora.parameters()}
-    assert {id(p) for p in student.parameters()} - own == {id(p) for p in model.parameters()}
-    targets, shared = [name.replace("/", ".") for name in lora.A], set(student.modules())
-    assert all(m in shared or any(t.startswith(name) for t in targets) for name, m in model.named_modules())
+    assert not torch.allclose(student(ids, mask), before) and torch.equal(model(ids, mask), before)
+    assert set(student.parameters()) - set(lora.parameters()) == set(model.parameters())
     assert not lora.changes_vision and LoRA.for_model(model, scope="all").changes_vision
 
 
-def test_merged_lora_is_plain_weights_with_the_same_logits(model):
-    ids, mask = prompt()
-    lora = trained("lora", model)
-    merged, before = lora.merge(model), model(ids, mask)
-    torch.testing.assert_close(merged(ids, mask), run(model, lora, ids, mask), **CLOSE)
-    assert [(name, type(m)) for name, m in merged.named_modules()] == [(name, type(m)) for name, m in model.named_modules()]
-    assert torch.equal(model(ids, mask), before) and merged.state_dict().keys() == model.state_dict().keys()
-
-
-# ---- HiFICL ----------------------------------------------------------------------------------------------------------
+# ---- HiFICL
 def test_hificl_is_a_softmax_over_virtual_and_real_keys(model):
     hificl, layer = trained("hificl", model), 1
     torch.manual_seed(0)
@@ -125,7 +102,7 @@ def test_hificl_is_a_softmax_over_virtual_and_real_keys(model):
             torch.testing.assert_close(got[0, h, t].tolist(), expected, rtol=0, atol=1e-12)
 
 
-# ---- prompt tuning ---------------------------------------------------------------------------------------------------
+# ---- prompt tuning
 def test_prompt_tuning_puts_its_vectors_behind_the_first_token(model):
     """Against the decoder fed with the embeddings themselves, one row at a time and without padding."""
     tuning, (ids, mask) = trained("prompt-tuning", model), prompt()
@@ -147,7 +124,7 @@ def test_prompt_tuning_starts_from_words_and_asks_for_placeholders(model):
     assert longer.tolist() == [1, *[0] * 20, *plain.tolist()[1:]]
 
 
-# ---- STAVE -----------------------------------------------------------------------------------------------------------
+# ---- STAVE
 def test_stave_adds_each_row_divided_by_the_root_of_what_it_covers(model):
     stave, (ids, _) = trained("stave", model), prompt()
     x = torch.randn(2, 9, 64, dtype=torch.float64)
@@ -184,7 +161,7 @@ def test_a_zero_start_is_the_base_model_bit_for_bit(model):
         assert torch.equal(run(model, fresh, ids, mask), model(ids, mask))
 
 
-# ---- losses of their own ------------------------------------------------------------------------------------------------
+# ---- losses of their own
 @pytest.fixture(scope="module")
 def toy():
     """The toy model in fp64, a batch of three queries behind two demonstrations each, its picture features."""
@@ -226,7 +203,7 @@ def test_staves_loss_is_the_mean_of_two_behind_the_query_and_behind_demonstratio
     assert align == 0 and STAVE.losses(model, stave, batch, features, ce_on="sequence")[1] != ce
 
 
-# ---- all of them -----------------------------------------------------------------------------------------------------
+# ---- all of them
 @pytest.mark.parametrize("published, text, everywhere", [("idefics2-8b-base", 13_631_488, 17_588_224),
                                                          ("idefics-9b", 16_777_216, 24_993_792)])
 def test_parameters_on_the_real_models_are_the_published_numbers(published, text, everywhere, shared, tmp_path):
@@ -253,7 +230,7 @@ def test_gradients_reach_every_parameter_of_the_adapter_and_nothing_else(model, 
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
-def test_a_saved_adapter_gives_the_same_logits_and_no_other_method_loads_it(model, method, tmp_path):
+def test_a_saved_adapter_gives_the_same_logits_and_no_other_method_or_model_loads_it(model, toy, method, tmp_path):
     path, adapter = tmp_path / "adapter.safetensors", trained(method, model).float()
     adapter.save(path, method=method)
     loaded = ADAPTERS[method].load(path)
@@ -262,12 +239,8 @@ def test_a_saved_adapter_gives_the_same_logits_and_no_other_method_loads_it(mode
     for other in ADAPTERS.keys() - {method}:
         with pytest.raises(InputError, match="adapter.safetensors: expected a .* adapter"):
             ADAPTERS[other].load(path)
-    smaller = copy.deepcopy(TINY_CONFIG)
-    smaller["text_config"] |= {"hidden_size": 32, "vocab_size": 100}
-    (tmp_path / "config.json").write_text(json.dumps(smaller | {"image_token_id": 99}))
-    with pytest.raises(InputError, match="expected an adapter whose") as error:
-        baselines.load_adapter(path, method, Idefics2(Config.from_file(tmp_path / "config.json")))
-    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="expected an adapter of this model's sizes, found: .*(mismatch|Missing)"):
+        baselines.load_adapter(path, method, toy[0])
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
@@ -284,18 +257,8 @@ def test_decoding_with_a_cache_equals_the_full_forward(model, method):
     torch.testing.assert_close(torch.cat(states, 1)[mask], full[mask], **CLOSE)
 
 
-def test_model_py_knows_no_method():
-    text = (REPOSITORY / "model.py").read_text().lower()
-    assert [name for name in [*ADAPTERS, "tuning", "vector", "rices"] if name in text] == []
-
-
-def test_hificl_starts_with_virtual_pairs_that_add_nothing():
+def test_hificl_starts_with_virtual_values_of_zero():
     assert not HiFICL(1, 2, 4, 3, 2).V_B.any() and HiFICL(1, 2, 4, 3, 2).K_B.any()
-
-
-def test_lora_refuses_names_that_are_no_linear(model):
-    with pytest.raises(InputError, match="--targets: expected names of linear layers such as q_proj, found w_q"):
-        LoRA.for_model(model, targets=["w_q"])
 
 
 @pytest.mark.parametrize("name, value", [("rank", "8"), ("rank", "1000000000000"), ("alpha", "nan"), ("dropout", "1"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import TEMPLATES, Processor, Sample, prompts, row
+from data import DATASETS, TEMPLATES, Processor, Sample, prompts, row
 from eval import answer
 from model import Idefics2
 from tools import pretrain
@@ -26,10 +26,8 @@ def tiny():
 def never_seen(kind):
     """100 episodes of nine under held-out rules: the samples of each, and a bank of pictures."""
     scenes, pictures = pretrain.random_pictures(200, 20)
-    indices, texts = world.episodes(np.random.default_rng(20), 100, pretrain.E, scenes, {kind: 1.0}, held_out=True)
-    episodes = [[Sample(i, None, asked, [told], told) for i, (asked, told) in zip(*both, strict=True)]
-                for both in zip(indices.tolist(), texts, strict=True)]
-    return episodes, pictures
+    found = world.episodes(np.random.default_rng(20), 100, pretrain.E, scenes, {kind: 1.0}, held_out=True)
+    return pretrain.as_samples(*found), pictures
 
 
 def test_ids_of_a_prompt_worked_out_by_hand(tiny):
@@ -45,7 +43,7 @@ def test_ids_of_a_prompt_worked_out_by_hand(tiny):
 def test_episodes_are_prompts_whose_answers_and_line_ends_are_trained(tiny, kind):
     processor, (episodes, _) = tiny[1], never_seen(kind)
     ids, trained = pretrain.write(processor, [[(s.question, s.target) for s in samples] for samples in episodes])
-    template = TEMPLATES["toy-caption" if kind == "toy-caption" else "toy"]
+    template = TEMPLATES[DATASETS[kind].task]
     for made, read, (*icds, query) in zip(ids, trained, episodes, strict=True):
         expected, _ = row(processor, template, icds, query)
         assert made[-len(expected):].tolist() == expected and (made[:-len(expected)] == processor.pad_id).all()
@@ -55,21 +53,18 @@ def test_episodes_are_prompts_whose_answers_and_line_ends_are_trained(tiny, kind
 def test_the_learning_rate_rises_rests_and_falls():
     factors = [pretrain.schedule(step, 3000, 200) for step in range(3000)]
     assert factors[0] == 1 / 200 and set(factors[199:2100]) == {1.0} and 0 < factors[-1] < 0.002
-    assert all(b <= a for a, b in zip(factors[2100:], factors[2101:], strict=False))
 
 
 def test_a_short_run_writes_a_complete_folder_with_settings_of_its_own(tmp_path, monkeypatch, capsys):
-    short = {"VISION_STEPS": 3, "VISION_BATCH": 16, "STEPS": 3, "BATCH": 4, "BANK": 64, "EPISODES": 4, "SHOTS": [0, 2]}
-    for name, value in short.items():
-        monkeypatch.setattr(pretrain, name, value)
-    config = json.loads((TINY / "config.json").read_text())
-    config["text_config"]["num_hidden_layers"] = 1
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in "VISION_STEPS", "VISION_BATCH", "STEPS", "BATCH", "BANK", "EPISODES":
+        monkeypatch.setattr(pretrain, name, 4)
+    config = (TINY / "config.json").read_text().replace('"num_hidden_layers": 6', '"num_hidden_layers": 1')
+    (tmp_path / "config.json").write_text(config)
     pretrain.main(["--out", str(tmp_path)])
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in TINY.iterdir()} - {"README.md", "log.csv"}
     assert Idefics2.from_pretrained(tmp_path).config.text.num_hidden_layers == 1
     table = json.loads((tmp_path / "table.json").read_text())
-    assert len(table) == 3 * 2 * 2 and capsys.readouterr().out.endswith(pretrain.markdown(table) + "\n")
+    assert len(table) == 3 * 2 * 5 and capsys.readouterr().out.endswith(pretrain.markdown(table) + "\n")
 
 
 def accuracy(tiny, kind, shots, change=lambda demonstrations, other: demonstrations):
@@ -119,10 +114,11 @@ def test_logits_equal_those_of_transformers(tiny):
     (first, second, *_), pictures = never_seen("toy")
     rows = prompts([first[8], second[8]], [first[:8], second[:8]], processor, TEMPLATES["toy"])
     pixels, mask = processor.images([Image.fromarray(pictures[s.image_id]) for s in rows.samples])
-    ours = model(rows.input_ids, rows.attention_mask, model.encode_images(pixels, mask))
+    seen = rows.attention_mask
+    ours = model(rows.input_ids, seen, model.encode_images(pixels, mask))
     with torch.no_grad():
-        theirs = judge.eval()(rows.input_ids, pixels.view(2, 9, 3, 40, 40), attention_mask=rows.attention_mask.long()).logits
-    torch.testing.assert_close(ours[rows.attention_mask], theirs[rows.attention_mask], atol=1e-4, rtol=1e-4)
+        theirs = judge.eval()(rows.input_ids, seen.long(), pixel_values=pixels.view(2, 9, 3, 40, 40)).logits
+    torch.testing.assert_close(ours[seen], theirs[seen], atol=1e-4, rtol=1e-4)
 
 
 def test_the_processor_of_transformers_reads_the_folder_alike(tiny):

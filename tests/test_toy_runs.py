@@ -121,7 +121,7 @@ def test_bench_measures_steps_answers_and_latency(tmp_path):
 
 def test_the_official_step_of_the_bench_is_the_official_step():
     """transformers with hooks and a second q·k, on random weights, makes the gradients that --official makes here."""
-    model = bench.random_model(bench.Idefics2, bench.TOY)
+    model = bench.random_model(bench.TOY)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1) if p.ndim > 1 else None
     batch, made = bench.random_batch(model.config, 2, shots=2), []

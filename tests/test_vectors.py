@@ -58,7 +58,7 @@ def toy():
     return Toy()
 
 
-# ---- RICES ---------------------------------------------------------------------------------------------------------
+# ---- RICES
 def test_an_image_vector_is_the_mean_of_its_valid_patches_with_length_1_whatever_is_padded(toy, monkeypatch):
     monkeypatch.setattr(toy.processor, "shortest", 8)
     small, whole = toy.processor.images([toy.pool[0].picture().resize((24, 16))])
@@ -91,7 +91,7 @@ def test_two_questions_about_one_picture_stand_as_in_the_pool_and_one_may_be_sho
     assert found[0].id == 71 and all(a.id + 1 == b.id for a, b in zip(found[1::2], found[2::2], strict=True))
 
 
-# ---- Task vector ---------------------------------------------------------------------------------------------------
+# ---- Task vector
 def test_the_last_layers_own_state_in_its_place_gives_the_prompts_own_logits_whatever_the_query(toy):
     recorder = Recorder(last=1)
     own = toy.model(**toy.inputs(toy.dev[:1], 3), shifts=recorder)[:, -1]
@@ -161,7 +161,7 @@ def test_padding_another_row_changes_nothing(toy, kind):
         assert found[:len(expected)] == expected and not any(found[len(expected):])
 
 
-# ---- Function vector -----------------------------------------------------------------------------------------------
+# ---- Function vector
 class OnePatch(Shifts):
     """The judge: in a full pass without a cache one head's output at the last column becomes a value."""
 
@@ -240,7 +240,7 @@ def test_it_reads_right_prompts_only_and_takes_the_heads_of_largest_mean_effect(
     assert [f" {layer}.{head} " in said for layer, head in heads] == [True] * 3
 
 
-# ---- The commands --------------------------------------------------------------------------------------------------
+# ---- The commands
 @pytest.mark.parametrize("words, method, shots", [
     (["rices"], "rices", 8), (["rices-first", "--shots", "2"], "rices-first", 2),
     (["task-vector"], "task-vector", 0), (["function-vector", "--shots", "3"], "function-vector", 0),

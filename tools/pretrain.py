@@ -189,14 +189,17 @@ def train_decoder(model, processor):
 
 
 # --- What came of it ----------------------------------------------------------------------------------------
-def score(model, processor, bank, kind, indices, episodes, shots):
-    """Percent of the episodes whose last question is answered right behind its `shots` neighbours."""
-    queries, icds = [], []
-    for shown, episode in zip(indices.tolist(), episodes, strict=True):
-        examples = [Sample(i, None, asked, [told], told)
-                    for i, (asked, told) in zip(shown, episode, strict=True)]
-        queries.append(examples[-1])
-        icds.append(examples[E - 1 - shots:E - 1])
+def as_samples(indices, episodes):
+    """What world.episodes gives → a list of E Samples an episode."""
+    return [[Sample(i, None, asked, [told], told) for i, (asked, told) in zip(*both, strict=True)]
+            for both in zip(indices.tolist(), episodes, strict=True)]
+
+
+def score(model, processor, bank, kind, episodes, shots):
+    """Percent of the episodes (of `as_samples`) whose last question is answered right behind its `shots`
+    neighbours."""
+    queries = [examples[E - 1] for examples in episodes]
+    icds = [examples[E - 1 - shots:E - 1] for examples in episodes]
     features = dict(enumerate(bank))
     said = answer(model, processor, kind, queries, icds, features=features, num_beams=1, batch_size=100)
     right = sum(found == query.target for found, query in zip(said, queries, strict=True))
@@ -211,10 +214,11 @@ def make_table(model, processor):
     for kind in world.KINDS:
         for rules in ("seen", "never seen"):
             rng = np.random.default_rng([SEED, 7])
-            found = world.episodes(rng, EPISODES, E, scenes, {kind: 1.0}, held_out=rules == "never seen")
+            held_out = rules == "never seen"
+            episodes = as_samples(*world.episodes(rng, EPISODES, E, scenes, {kind: 1.0}, held_out))
             for shots in SHOTS:
                 cell = {"kind": kind, "rules": rules, "shots": shots, "n": EPISODES}
-                cell["accuracy"] = score(model, processor, bank, kind, *found, shots)
+                cell["accuracy"] = score(model, processor, bank, kind, episodes, shots)
                 cell["shown"] = None if kind == "toy-caption" else round(100 * (1 - 0.75 ** shots), 1)
                 table.append(cell)
     return table

@@ -15,12 +15,11 @@ and --batch-size are 2 if not given. One line a token, equal ones in a row on on
 """
 
 import textwrap
-from bisect import bisect_right
 from itertools import groupby
 
 import models
 from data import DATASETS, ICD, QUERY, collate, load, train_dev
-from support.files import InputError, run_command
+from support.files import reading, run_command
 from support.options import Parser, number
 from support.pictures import to_rgb
 from toy import world
@@ -30,28 +29,26 @@ HEAD = ("column", "id", "token", "attention", "image", "aligned", "CE", "part")
 PARTS = ("padding", "separator", "<s>", "instruction", "ICD", "query", "answer")    # of data.PADDING … ANSWER
 
 
-def describe(rows, b, aligned, read):
-    """Row b → a tuple a column, as HEAD.  aligned, read: bools of its last columns; those before are not."""
-    ids = rows.input_ids[b].tolist()
+def describe(rows, b, *marks):
+    """Row b → a tuple a column, as HEAD. marks: of its last columns, bool each."""
+    T = rows.input_ids.shape[1]
     parts = rows.part[b].tolist()
-    marks = [["1" if x else "" for x in [False] * (len(ids) - len(some)) + some] for some in (aligned, read)]
-    is_image = rows.input_ids == rows.processor.image_ids[1]    # (B,T)
+    is_image = rows.input_ids == rows.processor.image_ids[1]         # (B,T)
     size = rows.processor.tokens_per_image
-    above = int(is_image[:b].sum()) // size                     # pictures of the rows above
-    places = is_image[b].nonzero().flatten().tolist()[::size]   # where this row's begin
-    lead = places[-1] - parts.index(QUERY)          # tokens of a query, and so of an ICD, before its picture
-
+    above = int(is_image[:b].sum()) // size                          # pictures of the rows above
+    begun = ((is_image[b].cumsum(0) + size - 1) // size).tolist()    # pictures of this row up to each column
+    lead = begun.index(begun[-1]) - parts.index(QUERY)               # tokens of a query before its picture
+    marks = [[""] * (T - len(some)) + ["1" if x else "" for x in some] for some in marks]
     lines = []
-    for t, (token_id, part, *marked) in enumerate(zip(ids, parts, *marks, strict=True)):
+    for t, token_id in enumerate(rows.input_ids[b].tolist()):
         token = str(rows.processor.tokenizer.id_to_token(token_id))
         token = token.replace("\n", "\\n").replace("<0x0A>", "\\n")
-        attention = int(rows.attention_mask[b, t])
-        name = f"ICD {bisect_right(places, t + lead)}" if part == ICD else PARTS[part]
+        name = f"ICD {begun[t + lead]}" if parts[t] == ICD else PARTS[parts[t]]
         image = ""
         if is_image[b, t]:
-            n = bisect_right(places, t)
-            image = f"{n} of {len(places)}: {rows.samples[above + n - 1].image_id}"
-        lines.append((t, token_id, token, attention, image, *marked, name))
+            image = f"{begun[t]} of {begun[-1]}: {rows.samples[above + begun[t] - 1].image_id}"
+        attention = int(rows.attention_mask[b, t])
+        lines.append((t, token_id, token, attention, image, *(some[t] for some in marks), name))
     return lines
 
 
@@ -79,28 +76,24 @@ def show_batch(args):
     read = getattr(batch, vars(args).get("ce_on", "answer"))
     for b, query in enumerate(queries):
         title = f"row {b + 1} of {len(queries)}: sample {query.id}, answer {query.target!r}"
-        aligned = batch.align[b].tolist()
-        print(f"teacher, {title}\n{table(describe(batch.teacher, b, aligned, []))}\n")
-        print(f"student, {title}\n{table(describe(batch.student, b, aligned, read[b].tolist()))}\n")
+        print(f"teacher, {title}\n{table(describe(batch.teacher, b, batch.align[b], []))}\n")
+        print(f"student, {title}\n{table(describe(batch.student, b, batch.align[b], read[b]))}\n")
 
 
 def write_sheet(path, rows, args):
     """Writes the first training samples as a picture, four in a row; of a toy with its hidden rule."""
     samples = load(args.dataset, args.data, "train", args.task)[:4 * rows]
     items = [(to_rgb(s.picture()), s.question, s.target) for s in samples]
+    title = [f"{args.dataset}, training samples"]
     if DATASETS[args.dataset].toy:
-        title = f"{args.dataset}, task {args.task}"
-        rule = world.describe(world.task(args.dataset, args.task))
-        unbroken = [line.replace(" ", "\u00a0") for line in rule]
-        page = world.sheet(title, textwrap.fill("  ·  ".join(unbroken), 92), items)
+        title = [f"{args.dataset}, task {args.task}", *world.describe(world.task(args.dataset, args.task))]
+        unbroken = [line.replace(" ", "\u00a0") for line in title[1:]]
+        page = world.sheet(title[0], textwrap.fill("  ·  ".join(unbroken), 92), items)
     else:
-        title, rule = f"{args.dataset}, training samples", []
-        page = world.sheet(title, args.data, items, cell=240, below=84)
-    try:
+        page = world.sheet(title[0], args.data, items, cell=240, below=84)
+    with reading(path, "a picture file that can be written"):
         page.save(path)
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: expected a picture file that can be written, found: {e}") from None
-    print("\n  ".join([f"{path}: {title}", *rule]))
+    print(f"{path}:", "\n  ".join(title))
 
 
 def main(argv=None):
