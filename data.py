@@ -47,9 +47,8 @@ CAPTION_STOP = ("\n", "Caption", "Image", "<", "Short")
 TEMPLATES = {
     "vqa": Template("Image:<image>\nQuestion: {question}\nAnswer:", VQA + "\n", stop=VQA_STOP),
     "caption": Template("Image:<image>\nCaption:", CAPTION + "\n", stop=CAPTION_STOP),
-    # The answer stands right behind the question: then the model learns to find "what stood behind this
-    # question before" (an induction head) in a few hundred steps of pre-training; with one word between them
-    # it did not in thousands.
+    # The answer stands right behind the question: so pre-training learns to find "what stood behind this
+    # question before" (an induction head) in hundreds of steps; with a word between, not in thousands.
     "toy": Template("Image:<image> {question}"),
     "toy-caption": Template("Image:<image> Caption:"),
 }
@@ -199,6 +198,9 @@ def load(dataset, root, split, task=0):
     samples = DATASETS[dataset].read(root, split, task)
     if not samples:
         raise InputError(f"{root}: expected samples of {dataset} {split}, found none")
+    once([s.id for s in samples], root, "Sample.id")
+    if split == "train" and not all(s.target for s in samples):
+        raise InputError(f"{root}: expected Sample.target, what is trained, in all of {dataset}, found none")
     return samples
 
 
@@ -236,7 +238,7 @@ def draw(pool, queries, shots, seed):
     return [pick_icds(pool, q, shots, f"{seed}-{q.id}") for q in queries]
 
 
-# ---- Images and tokens
+# ---- Pictures and tokens
 class Processor(ImageTransform):
     """Tokenizer and image transform of a model folder: text → ids, PIL images → pixels."""
     config_class = Config
@@ -299,8 +301,8 @@ class Processor(ImageTransform):
 
     def decode(self, ids):
         """The text of token ids, without special tokens."""
-        known = [i for i in ids if i < self.tokenizer.get_vocab_size()]
-        return self.tokenizer.decode(known, skip_special_tokens=True)
+        n = self.tokenizer.get_vocab_size()
+        return self.tokenizer.decode([i for i in ids if i < n], skip_special_tokens=True)
 
 
 # ---- Batches: every token of a row says which part of the prompt it is
@@ -334,15 +336,14 @@ class Rows:
 @dataclass
 class Batch:
     """A training step. The last T_q columns of teacher and student are the same tokens: query and answer."""
-    teacher: Rows                 # instruction, ICDs, query, answer; shared: one row of instruction and ICDs
+    teacher: Rows                 # instruction, ICDs, query, answer
     student: Rows                 # instruction, query, answer
-    shared: bool = False          # all queries stand behind the same ICDs, which the teacher reads once
+    shared: bool = False          # the teacher is one row of instruction and ICDs, before all the queries
 
     @property
     def T_q(self):
         """Columns from the first token of the longest query on."""
-        asked = (self.student.part >= QUERY).any(0)                                     # (T,)
-        return len(asked) - int(asked.int().argmax())
+        return self.student.part.shape[1] - int((self.student.part >= QUERY).any(0).int().argmax())
 
     @property
     def align(self):
@@ -435,8 +436,7 @@ def collate(queries, icds, processor, template, share=False):
     shown = [s for q, d in pairs for s in (*d, q)]
     if share:
         ids, parts = teacher[0]
-        n = parts.index(QUERY)
-        teacher = [(ids[:n], parts[:n])]
+        teacher = [(ids[:parts.index(QUERY)], parts[:parts.index(QUERY)])]
         shown = icds[0]
     batch = Batch(pack(teacher, shown, processor), pack(student, list(queries), processor), share)
     if template.separator and processor.counts_separators:

@@ -93,11 +93,6 @@ class MimIC(Adapter):
         return mimic.to(model.device)
 
     @staticmethod
-    def sizes(tensors):
-        L, H, D = tensors["vector"].shape
-        return L, H, D
-
-    @staticmethod
     def add_arguments(group):
         group.add_argument("--z2", choices=("masked", "unmasked"), default="masked",
                            help="keys in log Z2: those the softmax sees (default) or all (official code)")
@@ -114,7 +109,8 @@ class MimIC(Adapter):
         """μ̃ = e^f / (e^f + Z2), (B,H,T): how much of the vector each head adds at each token."""
         if self.mu_of == "one":
             return torch.ones_like(lse)
-        log_z1, log_z2 = self.f(layer, q), lse
+        log_z1 = self.f(layer, q)
+        log_z2 = lse
         if self.z2 == "unmasked":
             _, log_z2 = attention(q, k, k[..., :1])
         if self.mu_of == "layer":
@@ -171,10 +167,10 @@ class Recorder(Shifts):
 def align_loss(student, teacher, mask, norm=False):
     """L_align: squared distance of the student's states from the teacher's, in fp32.  Paper, Figure 3.
 
-    student, teacher: one (B,T,d) tensor a layer; mask (B,T) bool, True = kept token. The mean over layers,
-    kept tokens and d of a sample, then over samples (the paper sums over tokens and d: a factor that λ would
-    have to absorb). norm=True divides each layer's error by the mean square of the teacher's states there, so
-    that no layer drowns the others. Official code: F.mse_loss, shift_model.py:145-156."""
+    student, teacher: one (B,T,d) tensor a layer; mask (B,T) bool, True = kept token. Mean over layers, kept
+    tokens and d of a sample, then over samples (the paper sums over tokens and d: then longer samples weigh
+    more, and λ has to follow d). norm=True divides a layer's error by the mean square of the teacher's states
+    there, so that no layer drowns the others. Official code: F.mse_loss, shift_model.py:145-156."""
     keep = mask.bool().unsqueeze(-1)
     n_kept = mask.sum(1).clamp(min=1)
     loss = 0.0
@@ -184,7 +180,8 @@ def align_loss(student, teacher, mask, norm=False):
         return kept.pow(2).mean(-1).sum(1) / n_kept                       # (B,): over kept tokens and d
 
     for s, t in zip(student, teacher, strict=True):
-        error = mean_square(s.float() - t.float())
+        difference = s.float() - t.float()
+        error = mean_square(difference)
         if norm:
             error = error / mean_square(t).clamp(min=1e-12)
         loss = loss + error.mean()

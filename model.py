@@ -413,7 +413,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(d, c.rms_norm_eps)
 
     def forward(self, layer, x, cos, sin, mask, shifts, cache):
-        residual = x[:]           # an alias, so that gradients add up as ever, bit for bit
+        residual = x[:]           # an alias: keeps the order in which gradients are summed
         x = residual + self.self_attn(layer, self.input_layernorm(x), cos, sin, mask, shifts, cache)
         x = x + shifts.after_ffn(layer, self.mlp(self.post_attention_layernorm(x)))
         return shifts.after_layer(layer, x)

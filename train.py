@@ -55,10 +55,10 @@ def losses(model, adapter, batch, features, lambda_align=1.0, align_on="layer", 
     # 3. L_align: the student's states against the teacher's, in every layer.
     align = torch.zeros((), device=model.device)
     if lambda_align:
-        found = getattr(student, align_on)
-        wanted = getattr(teacher, align_on)
+        student_states = getattr(student, align_on)
+        teacher_states = getattr(teacher, align_on)
         compared = batch.align.to(model.device)
-        align = align_loss(found, wanted, compared, align_norm)
+        align = align_loss(student_states, teacher_states, compared, align_norm)
 
     # 4. L_gt: the tokens of the answer, each predicted from the column before it.
     read = getattr(batch, ce_on).to(model.device)

@@ -4,8 +4,8 @@
     image_features = model.encode_images(pixel_values, pixel_mask)                    # (N,n_latents,d_vision)
     logits = model(input_ids, attention_mask, image_features, shifts=…)               # a token a picture
 
-An Idefics2 has its pictures among the tokens. Here each is one <image> token, an ordinary word, and before
-every 4th layer the states go through a gated block that attends to the latest picture at or before the token:
+A picture is one <image> token, an ordinary word, and before every 4th layer the states go through a gated
+block that attends to the latest picture at or before the token:
 
     x ← x + tanh(α) · CrossAttention(RMS(x), picture)          0 where there is no picture yet
     x ← x + tanh(α') · SwiGLU(RMS(x))                          for every token
@@ -244,10 +244,9 @@ def latest_picture(input_ids, image_id, end_id):
 
 
 class Pictures:
-    """The pictures of B prompts as the blocks read them: .features (B,M·n,d_vision), M of the row that has
-    most, zeros behind the others' own; .mask (B,1,T,S·n) bool, a token sees the latest; .seen (B,T,1) bool,
-    False = no picture yet. kept (B,1,1) bool: rows of which an earlier pass has left a picture, which stands
-    before the new ones: S = 1 + M, else M."""
+    """The pictures of B prompts as the blocks read them: .features (B,M·n,d_vision), zeros where a row has
+    fewer than M; .mask (B,1,T,S·n) bool, a token sees the latest; .seen (B,T,1) bool, False = none yet.
+    kept (B,1,1) bool: rows whose earlier pass has left a picture before the new ones: S = 1 + M, else M."""
 
     def __init__(self, which, counts, image_features, kept=None):
         self.n = image_features.shape[1]
@@ -283,8 +282,8 @@ class CrossDecoder(TextModel):
         self.perceiver_resampler = Resampler(c.perceiver, d_vision)
 
     def enter(self, layer, x, pictures, cache=None):
-        """The block before a layer, (B,T,d) → (B,T,d). pictures: of `Idefics1.pictures`. Keys and values of
-        every row's last picture go into the cache: the next tokens look at them."""
+        """The block before a layer, (B,T,d) → (B,T,d). The next tokens look at every row's last picture: its
+        keys and values go into the cache."""
         block = self.gated_cross_attn_layers[self.crossed.index(layer)]
         k, v, seen = cache and cache.pictures.get(layer) or (None, None, None)
         if pictures is None:
@@ -342,7 +341,7 @@ class Idefics1(Idefics2):
 
 # --- Prompts and image transform ----------------------------------------------------------------------------
 def one_line(templates):
-    """The templates with all on the picture's line and without the misspelt token, as in official code."""
+    """The templates with all on the picture's line, without the misspelt token, as in the official code."""
     cues = {"vqa": "Image:<image> Question: {question} Answer:", "caption": "Image:<image> Caption:"}
     return {task: replace(template, query=cues.get(task, template.query), end="\n",
                           instruction=template.instruction.replace("<end_of_outterance>", ""))

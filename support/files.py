@@ -42,7 +42,7 @@ def reading(path, what):
         raise InputError(f"{path}: expected {what}, found: {found:.300}") from None
 
 
-def read_json(path, what="complete JSON"):
+def read_json(path, what="a file of complete JSON"):
     """The parsed file. Raises InputError if it is missing or is not JSON."""
     with reading(path, what):
         return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -146,9 +146,9 @@ def table(rows):
     form = "{:<16}{:>6}{:>7}{:>8}{:>7}{:>12}{:>15}{:>10}"
     found = [f"{rows[0]['dataset']}: {METRICS[rows[0]['metric']]}", form.format(*head)]
     for r in rows:
-        found.append(form.format(r["method"], r["shots"], r["split"], shown(r["score"], ".2f"), r["n"],
-                                 shown(r["parameters"], ","), shown(r["prompt_tokens"], ""),
-                                 shown(r["ms_per_query"], ".2f")))
+        score, size = shown(r["score"], ".2f"), shown(r["parameters"], ",")
+        tokens, ms = shown(r["prompt_tokens"], ""), shown(r["ms_per_query"], ".2f")
+        found.append(form.format(r["method"], r["shots"], r["split"], score, r["n"], size, tokens, ms))
     return "\n".join(found)
 
 
@@ -192,8 +192,11 @@ def already_finished(folder):
 
 def commit():
     """The commit of this code, "" if nobody knows."""
-    return subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent,
-                          capture_output=True, text=True).stdout.strip()
+    command = ["git", "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):
+        here = Path(__file__).parent
+        return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 @contextlib.contextmanager

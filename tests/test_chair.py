@@ -12,45 +12,12 @@ from support.files import InputError
 from tools import score
 
 # In the format of the published list, which is no part of this repository; its own words, a few of each kind.
-LIST = """person, man, woman, child, kid, people, lady, guy, baby, passenger, policeman, children
-bicycle, bike
-car, van, taxi
-motorcycle, motor bike
-airplane, plane, jet, air plane
-bus, minibus
-train, tram
-boat, canoe, ferry
-traffic light, street light
-fire hydrant, hydrant
-bench
-bird, goose, seagull
-cat, kitten
-dog, puppy
-horse, pony
-sheep, lamb
-cow, cattle, ox, calf
-bear
-umbrella
-tie, bow tie
-skis, ski
-sports ball, ball
-baseball glove, glove
-wine glass
-fork
-knife
-sandwich
-hot dog
-chair, seat
-couch, sofa
-dining table, table
-toilet
-mouse
-cell phone, phone
-scissors
-teddy bear
-toothbrush
-plate
-"""
+LIST = """person, man, woman, child, kid, people, lady, guy, baby, passenger, policeman, children; bicycle, bike; car, van, taxi;
+motorcycle, motor bike; airplane, plane, jet, air plane; bus, minibus; train, tram; boat, canoe, ferry; traffic light, street
+light; fire hydrant, hydrant; bench; bird, goose, seagull; cat, kitten; dog, puppy; horse, pony; sheep, lamb; cow, cattle, ox,
+calf; bear; umbrella; tie, bow tie; skis, ski; sports ball, ball; baseball glove, glove; wine glass; fork; knife; sandwich;
+hot dog; chair, seat; couch, sofa; dining table, table; toilet; mouse; cell phone, phone; scissors; teddy bear; toothbrush;
+plate""".replace("\n", " ").replace("; ", "\n")
 NODES = read_synonyms(LIST)
 
 
@@ -70,9 +37,7 @@ def test_the_objects_of_a_caption_by_hand(caption, objects):
 
 
 def test_a_line_names_the_node_first_and_of_two_lines_the_later_counts():
-    assert read_synonyms("a, b c ,d\n\nd, e\n") == {"a": "a", "b c": "a", "d": "d", "e": "d"}
-    with pytest.raises(ValueError, match="expected lines"):
-        read_synonyms(" \n,\n")
+    assert read_synonyms("a, b c ,d\n\nd, e\n,\n") == {"a": "a", "b c": "a", "d": "d", "e": "d"}
 
 
 def test_only_plurals_of_known_words_are_made_singular():
@@ -115,13 +80,11 @@ def test_chair_is_invented_mentions_captions_that_invent_and_found_truth():
     truths = [{"cat", "bird"}, {"person"}, {"bus"}]
     assert chair(captions, truths, NODES) == {"chair_s": 1 / 3, "chair_i": 2 / 4, "recall": 2 / 4}
     assert chair(["nothing"], [set()], NODES) == {"chair_s": 0, "chair_i": 0, "recall": 0}
-    with pytest.raises(ValueError, match="1 set of objects for each caption"):
+    with pytest.raises(ValueError, match="shorter"):
         chair(["a dog"], [], NODES)
 
 
 # ---- the command
-
-
 @pytest.fixture
 def root(shared, tmp_path):
     """Two real pictures of Karpathy's val split, with instances made by hand."""

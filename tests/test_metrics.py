@@ -26,8 +26,6 @@ def load(path):
 
 
 # ---- VQA accuracy
-
-
 @pytest.mark.parametrize(("matches", "score"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (9, 1)])
 def test_n_of_ten_annotators_give_the_leave_one_out_mean(matches, score):
     assert vqa_accuracy("cat", ["cat"] * matches + ["dog"] * (10 - matches)) == pytest.approx(score)
@@ -93,8 +91,6 @@ def test_any_strings_have_a_vqa_accuracy_from_0_to_1_whatever_the_order_of_the_t
 
 
 # ---- Penn-Treebank tokens
-
-
 @pytest.mark.parametrize(("text", "tokens"), [
     ("A man's dog, it can't.", "a man 's dog it ca n't"), ("I cannot wanna-be gonna", "i can not wanna-be gon na"),
     ("a t-shirt -- and/or 3,000.5%", "a t-shirt and/or 3,000.5 %"), ("Mr. Smith etc.", "mr. smith etc."),
@@ -142,15 +138,7 @@ def test_any_strings_have_one_line_of_lower_case_tokens_each(texts):
     assert not {".", ",", "''", "``", "-", "--", "...", "?", "!"} & {w for line in lines for w in line.split(" ")}
 
 
-@COMMON
-@given(st.lists(st.lists(st.sampled_from(["Man", "a", "dog,", "THE", "on", "street,"]), min_size=1).map(" ".join)))
-def test_plain_words_are_lower_cased_and_nothing_else(texts):
-    assert ptb_tokenize(texts) == [text.lower().replace(",", "") for text in texts]
-
-
 # ---- CIDEr-D
-
-
 def test_a_caption_equal_to_its_only_reference_scores_10_if_it_has_4_words_and_less_if_fewer():
     score, each = cider(["w x y z", "k l m", "q"], [["w x y z"], ["k l m"], ["q"]])
     assert each == pytest.approx([10, 7.5, 2.5])
@@ -168,13 +156,9 @@ def test_length_is_punished_by_a_gaussian_of_the_difference():
     assert each[0] == pytest.approx(10 / 4 * math.exp(-9 / 72) * cosines)
 
 
-def test_one_item_alone_scores_0_as_every_word_is_in_every_document():
-    assert cider(["w x y z"], [["w x y z"]])[0] == 0
-
-
 def test_words_of_every_document_and_captions_without_words_count_nothing():
-    score, each = cider(["", "dog"], [["dog"], ["dog", ""]])
-    assert score == 0 and each.tolist() == [0, 0]
+    assert cider(["w x y z"], [["w x y z"]])[0] == 0                              # one item alone
+    assert cider(["", "dog"], [["dog"], ["dog", ""]])[1].tolist() == [0, 0]
 
 
 def test_cider_refuses_lists_that_do_not_fit():

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from PIL import Image
 
 import data
@@ -17,12 +18,11 @@ def blocks(capsys, *words):
     """Runs the command → a list of (title, rows: list of dicts by the names of HEAD)."""
     show.main([*map(str, words)])
     found = []
-    for block in filter(str.strip, capsys.readouterr().out.split("\n\n")):
-        title, *lines = block.strip().splitlines()
-        if lines:
-            at = [lines[0].index(name) for name in show.HEAD] + [None]
-            cells = [[line[a:b].strip() for a, b in zip(at, at[1:], strict=False)] for line in lines[1:]]
-            found.append((title, [dict(zip(show.HEAD, row, strict=True)) for row in cells]))
+    for block in capsys.readouterr().out.strip().split("\n\n"):
+        title, head, *lines = block.splitlines()
+        at = [head.index(name) for name in show.HEAD] + [None]
+        cells = [[line[a:b].strip() for a, b in zip(at, at[1:], strict=False)] for line in lines]
+        found.append((title, [dict(zip(show.HEAD, row, strict=True)) for row in cells]))
     return found
 
 
@@ -35,60 +35,48 @@ def parts(rows):
     return list(dict.fromkeys(row["part"] for row in rows))
 
 
-@pytest.mark.parametrize("dataset", ["okvqa", "coco"])
-def test_parts_attention_alignment_and_ce_of_real_data_are_those_of_the_batch(dataset, either_folder, shared, capsys):
-    found = blocks(capsys, dataset, "--data", shared / "data", "--model", either_folder, "--shots", "2", "--batch-size", "3")
-    samples, _ = data.train_dev(dataset, shared / "data", 1000, 200, 0)
-    processor = models.of(either_folder)[1].from_pretrained(either_folder)
-    queries, icds = next(train.steps_of(samples, 0, 0, batch_size=3, accumulate=1, shots=2))[0]
-    batch = data.collate(queries, icds, processor, processor.templates[data.DATASETS[dataset].task])
-    assert [title.split(",")[0] for title, _ in found] == ["teacher", "student"] * 3
-    for i, (title, rows) in enumerate(found):
-        b, source, rows = i // 2, batch.student if i % 2 else batch.teacher, expanded(rows)
-        assert f"row {b + 1} of 3: sample {queries[b].id}" in title
-        assert [int(row["id"]) for row in rows] == source.input_ids[b].tolist()
-        assert [row["attention"] == "1" for row in rows] == source.attention_mask[b].tolist()
-        n = batch.align.shape[1]
-        assert [row["aligned"] == "1" for row in rows] == [False] * (len(rows) - n) + batch.align[b].tolist()
-        assert [row["CE"] == "1" for row in rows] == (batch.answer[b].tolist() if i % 2 else [False] * len(rows))
-        shown = [name for name in parts(rows) if name != "padding"]
-        assert shown == ["<s>", "instruction", *([] if i % 2 else ["ICD 1", "ICD 2"]), "query", "answer"]
-        pictures = [row["image"] for row in rows if row["image"]]
-        names = queries[b:b + 1] if i % 2 else [*icds[b], queries[b]]
-        assert list(dict.fromkeys(pictures)) == [f"{k + 1} of {len(names)}: {s.image_id}" for k, s in enumerate(names)]
-        assert len(pictures) == processor.tokens_per_image * len(names)
-
-
 @pytest.mark.parametrize("more", [[], ["--official"]])
 @pytest.mark.parametrize("dataset", ["okvqa", "coco"])
-def test_each_part_holds_its_own_words(dataset, more, either_folder, shared, capsys):
+def test_what_is_shown_of_real_data_is_the_batch_part_by_part(dataset, more, either_folder, shared, capsys):
     where = "--data", shared / "data", "--model", either_folder
-    found = blocks(capsys, dataset, *where, "--shots", "3", "--batch-size", "1", "--seed", "5", *more)
-    processor = models.of(either_folder)[1].from_pretrained(either_folder)
+    found = blocks(capsys, dataset, *where, "--shots", "3", "--batch-size", "2", "--seed", "5", *more)
     samples, _ = data.train_dev(dataset, shared / "data", 1000, 200, 5)
-    (query,), (icds,) = next(train.steps_of(samples, 0, 5, batch_size=1, accumulate=1, shots=3))[0]
-    for title, rows in found:
-        said = {name: processor.decode([int(r["id"]) for r in expanded(rows) if r["part"] == name]) for name in parts(rows)}
-        shown = {"query": query} | ({f"ICD {k}": s for k, s in enumerate(icds, 1)} if title.startswith("teacher") else {})
-        assert said["answer"].strip() == query.target and said["query"].endswith((":", ":<end_of_outterance>"))
+    processor = models.of(either_folder)[1].from_pretrained(either_folder)
+    templates = processor.official_templates if more else processor.templates
+    queries, icds = next(train.steps_of(samples, 0, 5, batch_size=2, accumulate=1, shots=3))[0]
+    template = templates[data.DATASETS[dataset].task]
+    batch = data.collate(queries, icds, processor, template)
+    assert [title.split(",")[0] for title, _ in found] == ["teacher", "student"] * 2
+    for i, (title, lines) in enumerate(found):
+        b, source, rows = i // 2, batch.student if i % 2 else batch.teacher, expanded(lines)
+        assert f"row {b + 1} of 2: sample {queries[b].id}" in title
+
+        # Its columns
+        read = batch.sequence if more else batch.answer
+        marks = {"attention": source.attention_mask[b], "aligned": batch.align[b], "CE": read[b] if i % 2 else torch.zeros(0)}
+        assert [int(row["id"]) for row in rows] == source.input_ids[b].tolist()
+        for name, mark in marks.items():
+            assert [row[name] == "1" for row in rows] == [False] * (len(rows) - len(mark)) + mark.tolist(), name
+        separators = {(row["token"], row["attention"]) for row in rows if row["part"] == "separator"}
+        assert separators == ({("<unk>", "0")} if template.separator else set())
+
+        # Its parts, in their order, with the words of their samples
+        before = [] if i % 2 else icds[b]
+        shown = {f"ICD {k}": s for k, s in enumerate(before, 1)} | {"query": queries[b]}
+        said = {name: processor.decode([int(r["id"]) for r in rows if r["part"] == name]) for name in parts(rows)}
+        assert [name for name in said if name[0] in "Iqa" and name != "instruction"] == [*shown, "answer"]
+        assert said["answer"].strip() == queries[b].target and said["query"].endswith((":", ":<end_of_outterance>"))
         for name, s in shown.items():
             assert said[name].lstrip().startswith("Image:") and (s.question or "Caption:") in said[name]
             assert name == "query" or s.target in said[name]
-        assert {name for name in said if name[0] in "Iq"} - {"instruction"} == set(shown)
 
-
-def test_the_official_batch_has_masked_separators_and_a_ce_on_every_token(tiny_folder, shared, capsys):
-    found = blocks(capsys, "okvqa", "--data", shared / "data", "--model", tiny_folder, "--official", "--batch-size", "1")
-    for title, rows in found:
-        separators = [row for row in rows if row["part"] == "separator"]
-        assert {(row["token"], row["attention"], row["CE"]) for row in separators} == {("<unk>", "0", "")}
-        seen = [row["CE"] == "1" for row in expanded(rows) if row["attention"] == "1"]
-        assert seen == ([False] + [True] * (len(seen) - 1) if title.startswith("student") else [False] * len(seen))
+        # Its pictures
+        expected = [f"{k} of {len(shown)}: {s.image_id}" for k, s in enumerate([*before, queries[b]], 1)]
+        assert [row["image"] for row in rows if row["image"]] == [x for x in expected for _ in range(processor.tokens_per_image)]
 
 
 def test_train_pys_options_may_stand_here(capsys):
-    (_, teacher), (_, student), *more = blocks(capsys, "toy", "--ce-on", "sequence", "--batch-size", "1", "--lr", "1e-3")
-    assert not more
+    (_, teacher), (_, student) = blocks(capsys, "toy", "--ce-on", "sequence", "--batch-size", "1", "--lr", "1e-3")
     assert {row["CE"] for row in student[1:]} == {"1"} and {row["CE"] for row in teacher} == {""}
 
 
@@ -113,18 +101,15 @@ def test_the_sheet_of_a_toy_says_its_rule_and_shows_as_many_rows_as_asked_for(ca
     assert capsys.readouterr().out.endswith("\n  ".join([f"{path}: toy-caption, task 3", *rule]) + "\n")
 
 
-def test_a_sheet_of_real_samples_has_their_pictures(shared, tmp_path, capsys):
-    for dataset in ("vqav2", "coco"):
-        show.main([dataset, "--data", str(shared / "data"), "--png", str(tmp_path / f"{dataset}.png")])
-        with Image.open(tmp_path / f"{dataset}.png") as sheet:
-            assert sheet.width == 4 * 254 + 14 and len(sheet.resize((64, 64)).getcolors(4096)) > 500
+def test_a_sheet_of_real_samples_has_their_pictures(shared, tmp_path):
+    show.main(["vqav2", "--data", str(shared / "data"), "--png", str(tmp_path / "sheet.png")])
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width == 4 * 254 + 14 and len(sheet.resize((64, 64)).getcolors(4096)) > 500
 
 
 @pytest.mark.parametrize("words, message", [
-    ([], "required: dataset"), (["shew"], "invalid choice: 'shew'"), (["toy", "--lamda-ce", "1"], "did you mean --lambda-ce"),
-    (["toy", "--shots", "-1"], "--shots: expected at least 0"), (["toy", "--task", "100000"], "has no task"),
-    (["toy", "--rows", "0"], "--rows: expected at least 1"), (["okvqa", "--data", "/nowhere"], "/nowhere/okvqa.*: expected"),
-    (["toy", "--model", "/nowhere"], "/nowhere: expected a model folder"),
+    (["shew"], "invalid choice: 'shew'"), (["toy", "--lamda-ce", "1"], "did you mean --lambda-ce"),
+    (["toy", "--task", "100000"], "has no task"), (["toy", "--model", "/nowhere"], "/nowhere: expected a model folder"),
     (["toy", "--png", "/nowhere/a.png"], "/nowhere/a.png: expected a picture file"),
     (["toy", "--png", "a.xyz"], "a.xyz: expected a picture file")])
 def test_mistakes_are_one_line(words, message):

@@ -6,28 +6,27 @@
 FILE is a list as the VQA server has it, of {"question_id": 1, "answer": "a"}, or as COCO has it, of
 {"image_id": 1, "caption": "a"}. Printed, and with --out a row of FOLDER/results.json, are scores of 0-100:
     score                    VQA accuracy, or CIDEr-D x 100
-    per_answer_type          VQA accuracy of the questions of a type, as the official evaluation reports it
-    per_question_type        the same
+    per_answer_type, per_question_type    VQA accuracy, as the official evaluation reports it
     score_of                 OK-VQA: "stemmed": for `score`, answers are stemmed as the official ones are
     raw_score                OK-VQA: answers as they are, against what the annotators wrote
     unstemmed_score          OK-VQA: answers as they are, against the official ones, as the official tool does
     chair_s, chair_i, recall captions with --chair: metrics/chair.py
 """
 
+import json
 from pathlib import Path
 
 from data import DATASETS, load
 from eval import further_scores, percent, score
 from metrics.chair import caption_objects, chair, read_synonyms
 from support.files import InputError, once, read_json, reading, run_command, string
-from support.options import Parser, early
+from support.options import Parser
 from support.results import ALSO, Unfinished
 
 
 def read_answers(path, samples, keys):
-    """A result file → the samples that it answers, in the split's order, and its answers. A part is enough.
-
-    keys: of a record, its id and its answer. Raises InputError for an id that is unknown or there twice."""
+    """A result file, of records with two `keys`, id and answer → the samples that it answers, in their order,
+    and its answers. Raises InputError for an id that is unknown or there twice."""
     key, said = keys
     with reading(path, f'a list of {{"{key}": …, "{said}": …}} for samples of the split'):
         records = [(record[key], string(record[said])) for record in read_json(path)]
@@ -54,9 +53,8 @@ def categories(root, folder, samples):
 
 
 def chair_scores(root, samples, captions, synonyms):
-    """CHAIRs, CHAIRi and recall, 0-100. In a picture is what COCO's instances or its references name.
-
-    synonyms: path of the published list, which is no part of this repository."""
+    """CHAIRs, CHAIRi and recall, 0-100, with the published synonyms. In a picture is what COCO's instances or
+    its reference captions name."""
     found = {}
     for folder in {Path(s.image).parent.name for s in samples}:
         found |= categories(root, folder, samples)
@@ -68,37 +66,20 @@ def chair_scores(root, samples, captions, synonyms):
     return {name: percent([x]) for name, x in chair(captions, truths, nodes).items()}
 
 
-def show_row(row):
-    for name, value in row.items():
-        if isinstance(value, dict):
-            print(f"{name}:")
-            for kind, x in value.items():
-                print(f"    {kind:<24}{x:>8.2f}")
-        elif value is not None and name not in ("shots", "method"):
-            print(f"{name:<20}{value}")
-
-
-def parse(argv):
-    known = [name for name, dataset in DATASETS.items() if dataset.keys]
-    captions = early(["chair"], argv).chair is not None
+def main(argv=None):
     parser = Parser(__doc__, prog="python -m tools.score")
     add = parser.add_argument
     add("file", metavar="FILE", help="the answers")
-    add("--dataset", choices=known, required=not captions, default="coco", help="what is answered")
+    add("--dataset", choices=[name for name in DATASETS if DATASETS[name].keys], default="coco")
     add("--split", help="train, val or test, as the dataset has it (default: the dataset's own)")
     add("--data", default="data", metavar="FOLDER", help="as train.py's (default data)")
     add("--chair", metavar="SYNONYMS", help="captions: CHAIR as well; the file's lines: node, synonym, …")
     add("--out", metavar="FOLDER", help="add a row to FOLDER/results.json, the answers to predictions.jsonl")
     args = parser.parse(argv)
-    if args.chair and DATASETS[args.dataset].metric != "cider":
-        raise InputError(f"--chair: expected --dataset coco, found {args.dataset}")
-    return args
-
-
-def main(argv=None):
-    args = parse(argv)
     task = DATASETS[args.dataset]
     split = args.split or task.eval_split
+    if args.chair and task.metric != "cider":
+        raise InputError(f"--chair: expected --dataset coco, found {args.dataset}")
     samples = load(args.dataset, args.data, split)
     answered, answers = read_answers(args.file, samples, task.keys)
     if len(answered) < len(samples):
@@ -111,15 +92,13 @@ def main(argv=None):
 
     row = {"dataset": args.dataset, "split": split, "method": Path(args.file).stem, "shots": 0,
            "metric": task.metric, "score": total, "n": len(answered)}
-    not_known = ("seed", "parameters", "prompt_tokens", "ms_per_query", "train_seconds", *ALSO)
-    row |= dict.fromkeys(not_known)
+    row |= dict.fromkeys(["seed", "parameters", "prompt_tokens", "ms_per_query", "train_seconds", *ALSO])
     row |= further_scores(args.dataset, answered, answers, args.data)
     if args.chair:
         row |= chair_scores(args.data, answered, answers, args.chair)
-    show_row(row)
     if args.out:
         Unfinished(args.out, row, resume=False).finish(row, answered, answers, each, keys=())
-        print(f"{args.out}/results.json written")
+    print(json.dumps({name: row[name] for name in row if row[name] is not None}, indent=1))
     return row
 
 

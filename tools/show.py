@@ -1,12 +1,10 @@
 """See what the model is given: a training batch token by token, or a sheet of training samples.
 
     python -m tools.show toy
-    python -m tools.show okvqa --data data --model idefics2-8b-base --shots 4
-    python -m tools.show coco --data data --png coco.png --rows 6
+    python -m tools.show okvqa --data data --model idefics2-8b-base --shots 4 [--png okvqa.png]
 
 The batch is the first one that train.py trains on with the same options, which may all stand here; --shots
 and --batch-size are 2 if not given. One line a token, equal ones in a row on one line:
-    column      place in the left-padded row
     attention   1 = token, 0 = padding or a masked separator
     image       the picture that an <image> token stands for: which of the row's, and its id
     aligned     1 = L_align compares the states of this column
@@ -31,22 +29,20 @@ PARTS = ("padding", "separator", "<s>", "instruction", "ICD", "query", "answer")
 
 def describe(rows, b, *marks):
     """Row b → a tuple a column, as HEAD. marks: of its last columns, bool each."""
-    T = rows.input_ids.shape[1]
     parts = rows.part[b].tolist()
     is_image = rows.input_ids == rows.processor.image_ids[1]         # (B,T)
     size = rows.processor.tokens_per_image
     above = int(is_image[:b].sum()) // size                          # pictures of the rows above
     begun = ((is_image[b].cumsum(0) + size - 1) // size).tolist()    # pictures of this row up to each column
     lead = begun.index(begun[-1]) - parts.index(QUERY)               # tokens of a query before its picture
-    marks = [[""] * (T - len(some)) + ["1" if x else "" for x in some] for some in marks]
+    marks = [[""] * (len(parts) - len(some)) + ["1" if x else "" for x in some] for some in marks]
     lines = []
     for t, token_id in enumerate(rows.input_ids[b].tolist()):
         token = str(rows.processor.tokenizer.id_to_token(token_id))
         token = token.replace("\n", "\\n").replace("<0x0A>", "\\n")
         name = f"ICD {begun[t + lead]}" if parts[t] == ICD else PARTS[parts[t]]
-        image = ""
-        if is_image[b, t]:
-            image = f"{begun[t]} of {begun[-1]}: {rows.samples[above + begun[t] - 1].image_id}"
+        shown = rows.samples[above + begun[t] - 1].image_id
+        image = f"{begun[t]} of {begun[-1]}: {shown}" if is_image[b, t] else ""
         attention = int(rows.attention_mask[b, t])
         lines.append((t, token_id, token, attention, image, *(some[t] for some in marks), name))
     return lines
@@ -75,33 +71,30 @@ def show_batch(args):
     batch = collate(queries, icds, processor, templates[DATASETS[args.dataset].task])
     read = getattr(batch, vars(args).get("ce_on", "answer"))
     for b, query in enumerate(queries):
-        title = f"row {b + 1} of {len(queries)}: sample {query.id}, answer {query.target!r}"
-        print(f"teacher, {title}\n{table(describe(batch.teacher, b, batch.align[b], []))}\n")
-        print(f"student, {title}\n{table(describe(batch.student, b, batch.align[b], read[b]))}\n")
+        for name, rows, marks in ("teacher", batch.teacher, []), ("student", batch.student, read[b]):
+            print(f"{name}, row {b + 1} of {len(queries)}: sample {query.id}, answer {query.target!r}")
+            print(table(describe(rows, b, batch.align[b], marks)) + "\n")
 
 
 def write_sheet(path, rows, args):
     """Writes the first training samples as a picture, four in a row; of a toy with its hidden rule."""
     samples = load(args.dataset, args.data, "train", args.task)[:4 * rows]
     items = [(to_rgb(s.picture()), s.question, s.target) for s in samples]
-    title = [f"{args.dataset}, training samples"]
-    if DATASETS[args.dataset].toy:
-        title = [f"{args.dataset}, task {args.task}", *world.describe(world.task(args.dataset, args.task))]
-        unbroken = [line.replace(" ", "\u00a0") for line in title[1:]]
-        page = world.sheet(title[0], textwrap.fill("  ·  ".join(unbroken), 92), items)
-    else:
-        page = world.sheet(title[0], args.data, items, cell=240, below=84)
+    toy = DATASETS[args.dataset].toy
+    title = f"{args.dataset}, task {args.task}" if toy else f"{args.dataset}, training samples"
+    rule = world.describe(world.task(args.dataset, args.task)) if toy else []
+    subtitle = "  ·  ".join(line.replace(" ", "\u00a0") for line in rule) or args.data
+    page = world.sheet(title, textwrap.fill(subtitle, 92), items, *((160, 52) if toy else (240, 84)))
     with reading(path, "a picture file that can be written"):
         page.save(path)
-    print(f"{path}:", "\n  ".join(title))
+    print("\n  ".join([f"{path}: {title}", *rule]))
 
 
 def main(argv=None):
     parser = Parser(__doc__, prog="python -m tools.show")
-    add = parser.add_argument
-    add("dataset", choices=DATASETS, help="stands first")
-    add("--png", metavar="FILE", help="write a sheet of training samples instead")
-    add("--rows", type=number(int, 1), default=6, metavar="N", help="of four samples each (default 6)")
+    parser.add_argument("dataset", choices=DATASETS, help="stands first")
+    parser.add_argument("--png", metavar="FILE", help="write a sheet of training samples instead")
+    parser.add_argument("--rows", type=number(int, 1), default=6, help="of four samples each (default 6)")
     mine, others = parser.parse_known_args(argv)
     args, _ = parse(["--dataset", mine.dataset, "--shots", "2", "--batch-size", "2", *others])
     if mine.png:

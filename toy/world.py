@@ -267,7 +267,7 @@ def font(size):
     return ImageFont.load_default(size)
 
 
-def sheet(title, subtitle, items, cell=SIDE * 4, below=52):
+def sheet(title, subtitle, items, cell, below):
     """items: (PIL image, question or None, answer) → PIL.Image, four items in a row, their texts under them;
     cell, below: width and height of a picture, and height of its texts, in pixels."""
     big, small = font(16), font(13)
