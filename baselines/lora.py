@@ -51,9 +51,8 @@ def rebuilt(module, new, name=""):
 
 
 class LoRA(Adapter):
-    """`model(…, shifts=lora)` needs `lora.student(model)` as model. fp32 parameters: A (r,d_in), B (d_out,r).
-
-    shapes: name of a linear, / for its dots → (*B.shape, *A.shape). Dropout acts in train mode only."""
+    """`model(…, shifts=lora)` needs `lora.student(model)` as model. fp32 parameters: A (r,d_in), B (d_out,r)
+    of every linear. shapes: its name, / for the dots → (*B.shape, *A.shape)."""
     defaults = {"lr": 5e-4, "lambda_align": 0.0, "lambda_ce": 1.0}
     toy_lr = 2e-3
     official = {"scope": "all"}
@@ -83,11 +82,11 @@ class LoRA(Adapter):
         inside = set((model if scope == "all" else model.text_model.layers).modules())
         linears = {name.replace(".", "/"): m for name, m in model.named_modules()
                    if isinstance(m, nn.Linear) and m in inside and name.split(".")[-1] in targets}
+        named = " ".join(targets)
         if not linears:
-            found = " ".join(targets)
-            raise InputError(f"--targets: expected names of linear layers such as q_proj, found {found}")
+            raise InputError(f"--targets: expected names of linear layers such as q_proj, found {named}")
         shapes = {name: (m.out_features, rank, rank, m.in_features) for name, m in linears.items()}
-        return cls(shapes, rank, alpha or 2 * rank, dropout, " ".join(targets), scope).to(model.device)
+        return cls(shapes, rank, alpha or 2 * rank, dropout, named, scope).to(model.device)
 
     @staticmethod
     def sizes(tensors):

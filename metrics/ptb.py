@@ -113,9 +113,9 @@ AMPERSAND = [("(?i:&amp;)", "&")]
 QUOTES = [                       # directed ones in LaTeX style; others („) and pairs (’”) stay
     ("&apos;|[\x92’›]", "'"), ("[\x91‘‛‹]", "`"), ('["\x94”»]|&quot;', "''"), ("[\x93“«]", "``")]
 SYMBOL = [                       # signs with a spelling of their own, and a run of hyphens, a dash up to four
-    *ROUND, (r"\[", "-lsb-"), (r"\]", "-rsb-"), ("{", "-lcb-"), ("}", "-rcb-"), ("^-{3,4}$", ""), ("¢", "cents"),
-    ("£", "#"), ("[€¤₠\x80]", "$"), ("¼", "1/4"), ("½", "1/2"), ("¾", "3/4"), ("⅓", "1/3"), ("⅔", "2/3"),
-    ("(?i:&lt;)", "<"), ("(?i:&gt;)", ">")]
+    *ROUND, (r"\[", "-lsb-"), (r"\]", "-rsb-"), ("{", "-lcb-"), ("}", "-rcb-"), ("^-{3,4}$", ""),
+    ("¢", "cents"), ("£", "#"), ("[€¤₠\x80]", "$"), ("¼", "1/4"), ("½", "1/2"), ("¾", "3/4"), ("⅓", "1/3"),
+    ("⅔", "2/3"), ("(?i:&lt;)", "<"), ("(?i:&gt;)", ">")]
 RULES = [  # (what becomes of the token, the token[, what must follow it])
     (PLAIN, "(?i:can)", "(?i:not)"), (PLAIN, "(?i:gon|wan)", "(?i:na)"), (PLAIN, "(?i:got)", "(?i:ta)"),
     (PLAIN, "(?i:lem|gim)", "(?i:me)"), (PLAIN, "<APOS>(?i:t)", "(?i:is|was)"),

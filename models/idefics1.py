@@ -33,7 +33,7 @@ from model import (
     TextConfig,
     TextModel,
     VisionConfig,
-    VisionLayer,
+    VisionModel,
     merge_heads,
     split_heads,
 )
@@ -98,19 +98,15 @@ class Idefics1Config(Config):
 
 
 # --- Vision tower (CLIP): a class token, learnt positions, no layer norm behind the last layer --------------
-class ClipModel(nn.Module):
+class ClipModel(VisionModel):
     def __init__(self, c):
-        super().__init__()
+        super().__init__(c)                       # its post_layernorm is in the file, too, but never used
         d = c.hidden_size
-        n_patches = (c.image_size // c.patch_size) ** 2
-        self.embeddings = nn.ModuleDict({
-            "patch_embedding": nn.Conv2d(c.num_channels, d, c.patch_size, c.patch_size, bias=False),
-            "position_embedding": Embedding(n_patches + 1, d)})
+        patches = nn.Conv2d(c.num_channels, d, c.patch_size, c.patch_size, bias=False)
+        self.embeddings["patch_embedding"] = patches
+        self.embeddings["position_embedding"] = Embedding(self.side ** 2 + 1, d)
         self.embeddings.class_embedding = nn.Parameter(torch.zeros(d))
         self.pre_layrnorm = nn.LayerNorm(d, c.layer_norm_eps)                    # the published spelling
-        layers = nn.ModuleList(VisionLayer(c) for _ in range(c.num_hidden_layers))
-        self.encoder = nn.ModuleDict({"layers": layers})
-        self.post_layernorm = nn.LayerNorm(d, c.layer_norm_eps)                  # in the file, never used
 
     def forward(self, pixel_values):
         """(N,3,H,W) → (N,1+P,d), the class token first."""

@@ -121,7 +121,7 @@ def add_common_arguments(parser, argv, datasets):
     add = parser.add_argument_group("model").add_argument
     add("--model", default=datasets[dataset].model, metavar="FOLDER",
         help="a model folder as published (default idefics2-8b-base; toys: checkpoints/tiny)")
-    add("--device", default=device, metavar="NAME", help="cpu, cuda, cuda:1 … (default cuda if there is one)")
+    add("--device", default=device, metavar="NAME", help="cpu, cuda, cuda:1 … (default cuda, if any)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=dtype,
         help="of the frozen weights; adapters are fp32 always (default: bfloat16 on cuda, else float32)")
     add("--official", action="store_true", help="prompts, positions, losses and Z2 as in the official code")

@@ -177,13 +177,6 @@ def test_tensors_that_do_not_fit_the_config_are_listed(folder, change, words):
     assert len(complaint(lambda: load(folder), folder, *words)) < 500
 
 
-def test_a_config_of_another_size_is_refused(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config.get("text_config", config)["num_hidden_layers"] = 4                # Idefics1: a gated block more, of 13 tensors
-    (folder / "config.json").write_text(json.dumps(config))
-    complaint(lambda: load(folder), folder, "Missing", f"{TEXT[folder.name]}layers.3.")
-
-
 def harm(name, content=None):
     """A function that removes the file `name` or gives it `content`; an int keeps its first bytes only."""
     def damage(folder):
@@ -197,9 +190,9 @@ def harm(name, content=None):
 
 @pytest.mark.parametrize("damage, words", [
     (shutil.rmtree, ["expected a model folder", "no such folder"]),
-    (harm("config.json"), ["config.json", "expected complete JSON", "found nothing"]),
-    (harm("config.json", 100), ["config.json", "expected complete JSON"]),
-    (harm("generation_config.json", 10), ["generation_config.json", "expected complete JSON"]),
+    (harm("config.json"), ["config.json", "complete JSON", "found nothing"]),
+    (harm("config.json", 100), ["config.json", "complete JSON"]),
+    (harm("generation_config.json", 10), ["generation_config.json", "complete JSON"]),
     (harm("generation_config.json", "[1]"), ["generation_config.json", "expected"]),
     (harm("generation_config.json", '{"bad_words_ids": [[5, 6]]}'), ["bad_words_ids", "too many"]),
     (harm("generation_config.json", '{"bad_words_ids": [5]}'), ["bad_words_ids", "int"]),

@@ -9,10 +9,12 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("methods", "running", "official", "idefics1", "lesson")),
+DOCS = ("methods", "running", "official", "idefics1", "lesson")
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in DOCS),
          "exercises/README.md", *(f"exercises/step_{i}.md" for i in range(1, 6))]
 TEXT = {page: (REPOSITORY / page).read_text(encoding="utf-8") for page in PAGES}
-COMMANDS = [line for text in TEXT.values() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+BLOCKS = [block for text in TEXT.values() for block in re.findall(r"```bash\n(.*?)```", text, re.S)]
+COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
 SMALL = {"train.py": ["--limit", "2", "--samples", "40", "--epochs", "1"], "eval.py": ["--limit", "2"], "tools.show": [],
          "experiments.layerwise": ["--limit", "2", "--samples", "20"]}
 

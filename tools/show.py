@@ -27,24 +27,25 @@ HEAD = ("column", "id", "token", "attention", "image", "aligned", "CE", "part")
 PARTS = ("padding", "separator", "<s>", "instruction", "ICD", "query", "answer")    # of data.PADDING … ANSWER
 
 
-def describe(rows, b, *marks):
-    """Row b → a tuple a column, as HEAD. marks: of its last columns, bool each."""
+def describe(rows, b, samples, masks):
+    """Row b, with the pictures of `samples` → a tuple a column, as HEAD. masks: bools of its last columns."""
     parts = rows.part[b].tolist()
-    is_image = rows.input_ids == rows.processor.image_ids[1]         # (B,T)
     size = rows.processor.tokens_per_image
-    above = int(is_image[:b].sum()) // size                          # pictures of the rows above
-    begun = ((is_image[b].cumsum(0) + size - 1) // size).tolist()    # pictures of this row up to each column
-    lead = begun.index(begun[-1]) - parts.index(QUERY)               # tokens of a query before its picture
-    marks = [[""] * (len(parts) - len(some)) + ["1" if x else "" for x in some] for some in marks]
+    is_image = rows.input_ids[b] == rows.processor.image_ids[1]      # (T,)
+    begun = ((is_image.cumsum(0) + size - 1) // size).tolist()       # pictures up to each column
+    lead = begun.index(len(samples)) - parts.index(QUERY)            # tokens of a query before its picture
+    masks = [[False] * (len(parts) - len(mask)) + list(mask) for mask in masks]
     lines = []
     for t, token_id in enumerate(rows.input_ids[b].tolist()):
         token = str(rows.processor.tokenizer.id_to_token(token_id))
         token = token.replace("\n", "\\n").replace("<0x0A>", "\\n")
-        name = f"ICD {begun[t + lead]}" if parts[t] == ICD else PARTS[parts[t]]
-        shown = rows.samples[above + begun[t] - 1].image_id
-        image = f"{begun[t]} of {begun[-1]}: {shown}" if is_image[b, t] else ""
         attention = int(rows.attention_mask[b, t])
-        lines.append((t, token_id, token, attention, image, *(some[t] for some in marks), name))
+        name = f"ICD {begun[t + lead]}" if parts[t] == ICD else PARTS[parts[t]]
+        image = ""
+        if is_image[t]:
+            image = f"{begun[t]} of {len(samples)}: {samples[begun[t] - 1].image_id}"
+        marks = ["1" if mask[t] else "" for mask in masks]
+        lines.append((t, token_id, token, attention, image, *marks, name))
     return lines
 
 
@@ -71,9 +72,11 @@ def show_batch(args):
     batch = collate(queries, icds, processor, templates[DATASETS[args.dataset].task])
     read = getattr(batch, vars(args).get("ce_on", "answer"))
     for b, query in enumerate(queries):
-        for name, rows, marks in ("teacher", batch.teacher, []), ("student", batch.student, read[b]):
-            print(f"{name}, row {b + 1} of {len(queries)}: sample {query.id}, answer {query.target!r}")
-            print(table(describe(rows, b, batch.align[b], marks)) + "\n")
+        title = f"row {b + 1} of {len(queries)}: sample {query.id}, answer {query.target!r}"
+        teacher = describe(batch.teacher, b, [*icds[b], query], [batch.align[b], []])
+        student = describe(batch.student, b, [query], [batch.align[b], read[b]])
+        print(f"teacher, {title}\n{table(teacher)}\n")
+        print(f"student, {title}\n{table(student)}\n")
 
 
 def write_sheet(path, rows, args):
@@ -84,7 +87,8 @@ def write_sheet(path, rows, args):
     title = f"{args.dataset}, task {args.task}" if toy else f"{args.dataset}, training samples"
     rule = world.describe(world.task(args.dataset, args.task)) if toy else []
     subtitle = "  ·  ".join(line.replace(" ", "\u00a0") for line in rule) or args.data
-    page = world.sheet(title, textwrap.fill(subtitle, 92), items, *((160, 52) if toy else (240, 84)))
+    size = (160, 52) if toy else (240, 84)
+    page = world.sheet(title, textwrap.fill(subtitle, 92), items, *size)
     with reading(path, "a picture file that can be written"):
         page.save(path)
     print("\n  ".join([f"{path}: {title}", *rule]))
