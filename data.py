@@ -293,10 +293,8 @@ class Processor(ImageTransform):
 
     def encode_with_offsets(self, text):
         """→ ids, and the place in `text` where each token starts (<s>: −1)."""
-        try:
+        with reading("tokenizer.json", f"ids for {text!r:.80}"):
             encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        except Exception as e:                                  # the library raises nothing more specific
-            raise InputError(f"tokenizer.json: expected ids for {text!r:.80}, found: {e}") from None
         return [self.bos_id, *encoding.ids], [-1, *(start for start, _ in encoding.offsets)]
 
     def decode(self, ids):

@@ -35,7 +35,7 @@ def reading(path, what):
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{path}: expected {what}, found nothing") from None
+        raise InputError(f"{path}: expected {what}, found no file") from None
     except Exception as e:                            # libraries raise anything for wrong bytes
         said = getattr(e, "strerror", None) or str(e)
         found = f"no {e}" if isinstance(e, KeyError) else " ".join(said.split()) or type(e).__name__
@@ -227,5 +227,5 @@ def run_command(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        print("interrupted; a command that has --resume goes on with it", file=sys.stderr)
         sys.exit(130)

@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from support.files import InputError
+from support.files import InputError, reading
 
 
 def rank():
@@ -35,11 +35,8 @@ def join(device):
     if device == "cuda" and not alone:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    try:
+    with reading(f"--device {device}", "a device of this machine"):
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        found = f"{device} ({str(e).splitlines()[0]})"
-        raise InputError(f"--device: expected a device of this machine, found {found}") from None
     if alone:
         return device
     if not dist.is_initialized():

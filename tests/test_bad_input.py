@@ -193,8 +193,8 @@ DATA = {
     "questions no text": ("okvqa", Q, holds(b"\xff\xfe\x00"), "complete JSON"),
     "questions a page of a web server": ("okvqa", Q, holds(b"<html>404</html>"), "complete JSON"),
     "questions a folder": ("okvqa", Q, folder_instead, "complete JSON, found: Is a directory"),
-    "questions gone": ("okvqa", Q, gone, "complete JSON, found nothing"),
-    "annotations gone": ("okvqa", A, gone, "complete JSON, found nothing"),
+    "questions gone": ("okvqa", Q, gone, "complete JSON, found no file"),
+    "annotations gone": ("okvqa", A, gone, "complete JSON, found no file"),
     "a number of thousands of digits": ("okvqa", Q, holds(b'{"questions": [{"question_id": ' + b"9" * 9999 + b"}]}"), "JSON"),
     "brackets without end": ("okvqa", Q, holds(b"[" * 200_000), "complete JSON"),
     "a list": ("okvqa", Q, holds([1, 2]), "VQA questions"),
@@ -285,7 +285,7 @@ def test_bad_pictures_are_left_out_counted_and_listed_on_demand(world, tiny_fold
                        str(world / "out"), "--skip-bad-images", "--epochs", "1", "--shots", "1", "--num-beams", "1"])
     said = capsys.readouterr().out
     assert "--skip-bad-images: 2 bad pictures\n" in said
-    assert f"{bad}: expected a complete image" in said and f"{other}: expected an image, found no file" in said
+    assert f"{bad}: expected a complete image" in said and f"{other}: expected a complete image, found no file" in said
     assert row["n"] == len([s for s in val if s.image_id != val[1].image_id])
     for s in val:
         gone_(s.image) if s.image.is_symlink() else None
@@ -302,7 +302,7 @@ R = "run/mimic.safetensors"
 FILES = {
     "weights cut": (W, cut(0.99), "complete safetensors"),
     "weights empty": (W, holds(b""), "complete safetensors"),
-    "weights gone": (W, gone, "found nothing"),
+    "weights gone": (W, gone, "found no file"),
     "a header longer than the file": (W, lambda p: p.write_bytes(struct.pack("<Q", 1 << 40) + p.read_bytes()[8:]), "complete"),
     "a header that is no JSON": (W, lambda p: p.write_bytes(p.read_bytes()[:8] + b"x" * 9000), "complete safetensors"),
     "a tensor behind the end": (W, moved(NORM, 1 << 30), "complete safetensors"),
@@ -316,7 +316,7 @@ FILES = {
     "an index that climbs": (M, holds({"weight_map": {"a": "../../a.safetensors"}}), "a weight_map"),
     "a tokenizer cut": (T, cut(0.5), "complete JSON"),
     "a tokenizer of something else": (T, holds({"version": "1.0"}), "a tokenizer"),
-    "a tokenizer gone": (T, gone, "found nothing"),
+    "a tokenizer gone": (T, gone, "found no file"),
     "a preprocessor of a list": (P, holds([1]), "sizes in pixels"),
     "a size of text": (P, changed(lambda c: c.update(size={"longest_edge": "40"})), "'40' pixels"),
     "a preprocessor of no size": (P, changed(lambda c: c.update(size={"longest_edge": 0})), ": 0 pixels"),
@@ -333,7 +333,7 @@ FILES = {
     "a config of 10^9 layers": (C, changed(lambda c: c["text_config"].update(num_hidden_layers=10 ** 9)), "int in 0 … 1000"),
     "an adapter cut": (R, cut(0.9), "a MimIC adapter in safetensors"),
     "an adapter empty": (R, holds(b""), "a MimIC adapter in safetensors"),
-    "an adapter gone": (R, gone, "a MimIC adapter in safetensors, found nothing"),
+    "an adapter gone": (R, gone, "a MimIC adapter in safetensors, found no file"),
     "an adapter whose header lies": (R, moved("vector", 1 << 20), "a MimIC adapter in safetensors"),
     "an adapter with NaN": (R, poisoned("vector"), "vector holds NaN or infinity"),
     "an adapter with infinity": (R, tensors(lambda t: t["f_bias"].fill_(torch.inf)), "f_bias holds NaN or infinity"),

@@ -118,22 +118,6 @@ def test_what_does_not_go_together_is_refused_in_one_line(options, message, tmp_
         run(tmp_path / "run", *options)
 
 
-def test_staves_loss_is_the_mean_of_two_lm_losses(tiny):
-    """That behind the demonstrations is of the answer's tokens at the end of the longer prompt. At the start W is 0."""
-    model, processor, queries, icds = tiny
-    stave = ADAPTERS["stave"].for_model(model, processor, TEMPLATES["toy"])
-    features = encode_images(model, processor, queries + sum(icds, []), {})
-    batch = collate(queries, icds, processor, TEMPLATES["toy"])
-    _, both = stave.losses(model, stave, batch, features)
-    means = []
-    for rows in batch.student, batch.teacher:
-        logits, found = model(**rows.inputs(model, features)), []
-        for row, answered in enumerate(batch.answer.sum(1).tolist()):
-            found += [-logits[row, -back - 1].log_softmax(-1)[rows.input_ids[row, -back]] for back in range(answered, 0, -1)]
-        means.append(sum(found) / len(found))
-    torch.testing.assert_close(both, sum(means) / 2)
-
-
 def test_lora_everywhere_trains_the_vision_tower_through_the_pictures(tiny):
     model, processor, queries, icds = tiny
     lora = random_lora(model, scope="all")

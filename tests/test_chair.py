@@ -122,7 +122,7 @@ def instances(root):
     (lambda root: (root / "synonyms.txt").write_text("\n"), "synonyms.txt: expected a synonym list"),
     (lambda root: (root / "synonyms.txt").write_bytes(b"\xff"), "synonyms.txt: expected a synonym list"),
     (lambda root: (root / "synonyms.txt").write_text("dog\n"), "synonyms.txt: .* for every category of COCO, found:? no 'cat'"),
-    (lambda root: instances(root).unlink(), "instances_val2014.json: expected .*, found nothing"),
+    (lambda root: instances(root).unlink(), "instances_val2014.json: expected .*, found no file"),
     (lambda root: instances(root).write_text("[]"), "instances_val2014.json: expected COCO's instances in every picture, found"),
     (lambda root: instances(root).write_text('{"images": [], "categories": [], "annotations": []}'),
      "instances_val2014.json: expected COCO's instances in every picture, found:? no 139")])

@@ -214,7 +214,7 @@ def test_an_old_command_line_says_the_new_one_in_one_line(words):
 @pytest.mark.parametrize("words, message", [
     (["--limit", "0"], "--limit: expected at least 1, found 0"), (["--num-beams", "0"], "--num-beams: expected"),
     (["--eval-batch-size", "0"], "--eval-batch-size: expected at least 1"), (["--shots", "-1"], "--shots: expected at least 0"),
-    (["--device", "gpu"], "--device: expected a device of this machine, found gpu")])
+    (["--device", "gpu"], "--device gpu: expected a device of this machine, found")])
 @pytest.mark.parametrize("main", [train.main, evaluation.main])
 def test_a_number_or_device_that_cannot_be_is_refused_before_any_work(main, words, message, tmp_path):
     with pytest.raises(InputError, match=message):

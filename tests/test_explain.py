@@ -181,5 +181,5 @@ def test_arguments_of_something_else_are_refused(tmp_path, content):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match="args.json: expected .*, found nothing"):
+    with pytest.raises(InputError, match="args.json: expected .*, found no file"):
         explain.main(["--run", str(tmp_path)])

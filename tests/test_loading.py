@@ -190,7 +190,7 @@ def harm(name, content=None):
 
 @pytest.mark.parametrize("damage, words", [
     (shutil.rmtree, ["expected a model folder", "no such folder"]),
-    (harm("config.json"), ["config.json", "complete JSON", "found nothing"]),
+    (harm("config.json"), ["config.json", "complete JSON", "found no file"]),
     (harm("config.json", 100), ["config.json", "complete JSON"]),
     (harm("generation_config.json", 10), ["generation_config.json", "complete JSON"]),
     (harm("generation_config.json", "[1]"), ["generation_config.json", "expected"]),
@@ -207,7 +207,7 @@ INDEX, SHARD = "model.safetensors.index.json", "model-00002-of-00003.safetensors
 
 
 @pytest.mark.parametrize("damage, words", [
-    (harm(SHARD), [SHARD, "found nothing"]), (harm(SHARD, 3000), [SHARD, "complete safetensors"]),
+    (harm(SHARD), [SHARD, "found no file"]), (harm(SHARD, 3000), [SHARD, "complete safetensors"]),
     (harm(INDEX, 50), [INDEX, "complete JSON"]), (harm(INDEX, "{}"), [INDEX, "weight_map"]),
     (harm(INDEX, "[]"), [INDEX, "weight_map"]), (harm(INDEX, '{"weight_map": {"a": 1}}'), [INDEX, "weight_map"]),
     (harm(INDEX, '{"weight_map": {"a": "../b"}}'), [INDEX, "../b"]), (harm(INDEX, '{"weight_map": {"a": ".."}}'), [".."])])
