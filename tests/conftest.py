@@ -158,7 +158,7 @@ def model(request, tmp_path_factory):
 # lines, "processes": how many, as torchrun starts them, "user": as whom, "limit": longest file in bytes, "more_memory": bytes
 # that it may take}; prints the exit statuses.
 HELPER = """
-import json, os, re, resource, socket, sys, tempfile, threading, time
+import json, os, re, resource, signal, socket, sys, tempfile, threading, time
 import train, eval as evaluation
 from support.files import run_command
 from tqdm import tqdm
@@ -178,6 +178,7 @@ for line in sys.stdin:
     for rank in range(n):
         children.append(os.fork())
         if not children[-1]:
+            signal.signal(signal.SIGINT, signal.default_int_handler)      # also where the tests run in the background
             tqdm.set_lock(threading.RLock())     # tqdm's own is shared by all forks: one that is killed with it stops the others
             if n > 1:
                 os.environ |= {"WORLD_SIZE": str(n), "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",

@@ -76,7 +76,7 @@ def test_evaluation_killed_at_random_moments_ends_with_the_same_predictions(comm
 
 
 def test_ctrl_c_ends_at_once_and_the_same_command_with_resume_goes_on(command, tmp_path):
-    words = [*LORA, "--epochs", "8", "--out", tmp_path / "run"]
+    words = [*LORA, "--epochs", "4", "--out", tmp_path / "run"]
     status, errors = command("train.py", words, 0.0, signal=signal.SIGINT, rows=9)             # in the second epoch
     assert status == 130 and errors.splitlines()[-1] == "interrupted; a command that has --resume goes on with it", errors
     assert command("train.py", [*words[:-2], "--resume", *words[-2:]])[0] == 0
