@@ -1,6 +1,6 @@
 """Make checkpoints/tiny: a tiny Idefics2 that has learnt to learn in context, in the toy world.
 
-    python -m tools.pretrain --out /tmp/tiny                # about an hour on two cores
+    python -m tools.pretrain --out /tmp/tiny                # about half an hour on two cores
 
     1. vision    vision tower and connector alone, with a throw-away linear head that names all attributes
     2. decoder   episodes of nine examples under one hidden rule, their pictures encoded once; loss on every
