@@ -5,56 +5,12 @@ the rule that reaches furthest wins, what it looks ahead at included; of equals,
 [classes], as in the original, and not in (?i:...).
 """
 
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
-SYMBOLS = [  # those that are tokens; the rest of Unicode's symbols, emoji too, separates words and vanishes
-    r"!#$%&+,.:;=?@\\^_|~/",
-    "\xa1\xa6-\xa9\xac\xae-\xb4\xb6-\xb9\xbf\xd7\xf7\u037e\u0387\u0589\u05be\u05c0\u05c3\u05c6\u05f3\u05f4",
-    "\u0600-\u0603\u0606-\u060a\u060c\u0614\u061b\u061e\u061f\u066a\u066d\u06d4\u0700-\u070d\u07f6-\u07f8",
-    "\u0964\u0965\u0e4f\u1fbd\u2016\u2017\u2020-\u2023\u2030-\u2038\u203b\u203e-\u2042\u2044\u2070",
-    "\u2074-\u207e\u2080-\u208e\u2100\u2101\u2103-\u2106\u2108\u2109\u2114\u2116-\u2118\u211e-\u2123\u2125",
-    "\u2127\u2129\u212e\u213a\u213b\u2140-\u2144\u214a-\u214d\u214f\u2190-\u2bff\u3001\u3002\u3012\u30fb",
-    "\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65",
-]
-MARKS = [  # signs that count as letters: the soft hyphen, modifiers, combining vowels
-    "\xad\u02c2-\u02c5\u02d2-\u02df\u02e5-\u02eb\u02ed\u02ef-\u036f\u0375\u0378\u0379\u0384\u0385\u03f6",
-    "\u0483-\u0487\u055a-\u055f\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0615-\u061a\u064b-\u065e",
-    "\u0670\u06d6-\u06e4\u06e7-\u06ed\u06fd\u06fe\u070f\u0711\u0730-\u074c\u07a6-\u07b0\u07eb-\u07f3",
-    "\u0900-\u0903\u093c\u093e-\u094e\u0951-\u0955\u0962\u0963\u0981-\u0983\u09bc\u09be-\u09c4\u09c7\u09c8",
-    "\u09cb-\u09cd\u09d7\u09e2\u09e3\u0a01-\u0a03\u0a3c\u0a3e-\u0a4f\u0a81-\u0a83\u0abc\u0abe-\u0acf\u0b82",
-    "\u0bbe-\u0bc2\u0bc6-\u0bc8\u0bca-\u0bcd\u0c01-\u0c03\u0c3e-\u0c56\u0d3e-\u0d44\u0d46-\u0d48\u0e31",
-    "\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ecd\u1885\u1886",
-]
-
-
-def either(lines: list[str]) -> str:
-    """A pattern for any of the words of these lines."""
-    return "|".join(" ".join(lines).split())
-
-
-DATES_FIRMS = [
-    "jan feb mar apr jun jul aug sept? oct nov dec mon tues? wed thu thurs fri ala ariz calif colo conn",
-    "ct dak fla ga ind kans? ky md mich minn mo mont neb nev okla penn tenn va vt wisc? wyo inc cos? corp",
-    r"pp?t[ye]s? ltd plc rt bancorp bldg bhd assn univ intl sys tel est ext sq jr sr bros (?:ed|ph)\.d",
-    "blvd rd esq etc al seq",
-]
-TITLES = [
-    "mrs? ms drs? profs? sens? reps? attys? lt col gen messrs govs? adm rev maj sgt cpl pvt capt ste? ave",
-    "pres lieut hon brig co?mdr pfc spc supts? det mt ft adj adv asst assoc ens insp mlle mme msgr sfc vs",
-    r"alex wm jos cie a\.k\.a cf treas ph invt elec natl m[ft]g dept",
-]
-BEFORE_NUMBERS = ["ca figs? prop nos? art bldg pp op"]
-CAPITALISED = ["A(?i:rk|z) D(?i:el) I(?i:ll) L(?i:a) M(?i:ass|iss) O(?i:re) P(?i:a) T(?i:ex) W(?i:ash)"]
-STARTERS = [
-    "A A(?i:bout|ccording|dditionally|fter|n|s|t) B(?i:ut) E(?i:arlier) H(?i:e|er|ere|owever) I(?i:f|n|t)",
-    r"L(?i:ast) M(?i:any|ore|r\.|s\.) N(?i:ow) O(?i:nce|ne|ther|ur) S(?i:he|ince|o|ome|uch)",
-    "T(?i:hat|he|heir|hen|here|hese|hey|his) W(?i:e|hat|hen|hile) Y(?i:et|ou)",
-]
-FILES = [
-    "bat bmp c cgi class cpp dll docx? exe gif gz html? h jar java jpe?g mov mp3 pdf php pl png ppt ps py",
-    "sql tar txt wav x xml zip",
-]
+LISTS = json.loads(Path(__file__).with_name("ptb_lists.json").read_text(encoding="utf-8"))
 
 
 def character_class(test: Callable[[str], bool]) -> str:
@@ -64,10 +20,14 @@ def character_class(test: Callable[[str], bool]) -> str:
     return "[" + "".join(f"{run[0]}-{run[-1]}" for run in passed.split()) + "]"
 
 
-PARTS = {  # <NAME> in a pattern stands for the part NAME
+# <NAME> in a pattern stands for the part NAME. SYMBOLS are tokens (the rest of Unicode's, emoji too, separate
+# words and vanish), MARKS count as letters: the soft hyphen, modifiers, combining vowels.
+PARTS = {name: f"[{''.join(lines)}]" for name, lines in LISTS["characters"].items()}
+PARTS |= {name: "|".join(" ".join(lines).split()) for name, lines in LISTS["words"].items()}
+PARTS |= {
     "L": character_class(str.isalpha),
     "D": character_class(str.isdecimal),
-    "CHAR": rf"(?:<L>|[{''.join(MARKS)}]|&[aeiouAEIOU](?i:acute|grave|uml);)",
+    "CHAR": "(?:<L>|<MARKS>|&[aeiouAEIOU](?i:acute|grave|uml);)",
     "CD": "(?:<CHAR>|<D>)",
     "LD": "(?:<L>|<D>)",
     "S": "[ \t\xa0\u2000-\u200a\u3000]",
@@ -79,12 +39,12 @@ PARTS = {  # <NAME> in a pattern stands for the part NAME
     "NOT": "(?i:n)<TICK>(?i:t)",
     "ACRONYM": r"(?i:u\.s\.-u\.k|u\.s\.-u\.s\.s\.r|(?:canada|sino|korean|eu|japan|non)-u\.s)"
                r"|[A-Za-z](?:\.[A-Za-z])+",
-    "ABBR": rf"(?:(?i:{either(DATES_FIRMS)})|{either(CAPITALISED)})\.",
-    "TITLE": rf"(?:<ACRONYM>|[A-Za-z]|(?i:{either(TITLES)}))",
+    "ABBR": r"(?:(?i:<DATES>)|<CAPITALS>)\.",
+    "TITLE": "(?:<ACRONYM>|[A-Za-z]|(?i:<TITLES>))",
     "NAME": "[A-Za-z][A-Za-z0-9_:.-]*",
     "VALUE": r"""'[^'\n]*'|"[^"\n]*\"""",
     "TAG": r"<(?:[!?][A-Za-z-][^>\n]*|<NAME>(?: +(?:<NAME>|<NAME> *= *<VALUE>))* */?|/<NAME>) *>",
-    "NEXT": rf"<SN>+(?:{either(STARTERS)}|<TAG>)<SN>",  # the next sentence begins
+    "NEXT": "<SN>+(?:<STARTERS>|<TAG>)<SN>",  # the next sentence begins
     "OF": "(?:[dDoOlL]<TICK><LD>)?",  # d'Or, O'Neil
     "HYPHENED": r"<OF><LD>+(?:[-_\u058a\u2010\u2011]<OF><LD>+)*",
     "COMPOUND": r"[A-Za-z0-9][A-Za-z0-9.,\xad]*(?:-(?:<ACRONYM>\.|[A-Za-z0-9\xad]+))+",
@@ -156,9 +116,9 @@ RULES = [  # (what becomes of the token, the token[, what must follow it])
     (PLAIN, "<ABBR>", "<SN>(?:<SN>|[A-Z]|<TAG>)"), (PLAIN, "<ABBR>", r"[\s\S]{2}"), (PLAIN, "<ABBR>"),
     (PLAIN, "[A-Za-z]", r"\.<NEXT>"), (PLAIN, r"<ACRONYM>\.", "<NEXT>"),
     (PLAIN, r"<TITLE>\."), (PLAIN, "<TITLE>", "<SN>"),
-    (PLAIN, rf"(?i:{either(BEFORE_NUMBERS)})\.", "<SN>?<D>"),
+    (PLAIN, r"(?i:<NUMBERED>)\.", "<SN>?<D>"),
     (PLAIN, r"(?i:pp?t[ye]s?|co)\.", "<S>(?i:ltd|lim)"),
-    (PLAIN, rf"<CD>+(?:\.<CD>+)*\.(?i:{either(FILES)})", "<SN>|[.?!,]"),
+    (PLAIN, r"<CD>+(?:\.<CD>+)*\.(?i:<FILES>)", "<SN>|[.?!,]"),
     # compounds
     (PLAIN, r"<HYPHENED>\.", "<PAUSE>"), (PLAIN, "<HYPHENED>"),
     (AMPERSAND, r"<FIRM>\.", "<PAUSE>"), (AMPERSAND, "<FIRM>"), (PLAIN, r"<SIDE>(?:\\?/<SIDE>){1,2}"),
@@ -173,13 +133,13 @@ RULES = [  # (what becomes of the token, the token[, what must follow it])
     (QUOTES, "[`\u2018-\u201f\x91-\x94\u2039\u203a\xab\xbb]{1,2}|''|<APOS>|\"|(?i:&quot;)"),
     (QUOTES, "<AUX>|<NOT>"), (PLAIN, r"[A-Z]*\$"),
     (SYMBOL, r"[\xa2-\xa5\x80\u20a0\u20ac\u060b\u0e3f\u20a4\uffe0\uffe1\uffe5\uffe6()\[\]{}]"),
-    (PLAIN, f"[{''.join(SYMBOLS)}]"), (PLAIN, "\n"), (DROP, "<S>+|(?i:&nbsp;)"),
+    (PLAIN, "<SYMBOLS>"), (PLAIN, "\n"), (DROP, "<S>+|(?i:&nbsp;)"),
 ]
 COMPILED = [(edits, re.compile(expand(f"({token})(?:{''.join(ahead)})"))) for edits, token, *ahead in RULES]
 # Nearly all text is words between blanks, which only the rule for words can touch. Whole runs of them are
 # taken in one bite, which stops at words that are split in two and at words that may keep their full stop.
 SPLIT = "cannot|gonna|gotta|lemme|gimme|wanna"
-STOPPED = f"{SPLIT}|[a-z]|{either(DATES_FIRMS + TITLES + BEFORE_NUMBERS + CAPITALISED)}"
+STOPPED = expand(f"{SPLIT}|[a-z]|<DATES>|<TITLES>|<NUMBERED>|<CAPITALS>")
 WORDS = re.compile(rf"(?:(?!(?i:{SPLIT})[^A-Za-z])[A-Za-z]+(?:,? *\n|,? +)"
                    rf"|(?!(?i:{STOPPED})\.)[A-Za-z]+\.(?: *\n| +(?=[A-Za-z])))+")
 # "-LRB-" stands in the original list, too, where it comes too late.
