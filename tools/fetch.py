@@ -5,26 +5,23 @@ dev samples (the demonstrations are drawn from them) and of the evaluation split
     python -m tools.fetch vqav2 --data data --limit 500            # only 500 items of the evaluation split
     python -m tools.fetch coco --data data --samples 200 --seed 1  # for `train.py --samples 200 --seed 1`
 
-What is there and whole is left alone. A file is received as NAME.part, which the next try or call continues
-where a broken connection or a kill left it; whole, it gets its name, or is unpacked if it is an archive.
+What is there and whole is left alone, so that the same command goes on where one was interrupted.
 """
 
 import contextlib
 import http.client
+import io
 import os
-import shutil
 import time
-import urllib.error
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
 from data import DATASETS, load, open_image, train_dev
-from support.files import InputError, make_folder, reading, run_command, written_whole
+from support.files import InputError, make_folder, reading, run_command, write_whole
 from support.options import Parser, number
 
 OKVQA = "https://okvqa.allenai.org/static/data/"
@@ -42,76 +39,47 @@ ARCHIVES = {                      # of a dataset: address → the file in it tha
         VQAV2 + "v2_Annotations_Val_mscoco.zip": "vqav2/v2_mscoco_val2014_annotations.json"},
     "coco": {KARPATHY + "caption_datasets.zip": "coco/dataset_coco.json"},
 }
-CHAIR = {COCO + "annotations/annotations_trainval2014.zip": "coco/annotations/instances_val2014.json"}
 PAUSES = (0, 1, 3, 10, 30)        # seconds before each try
 
 
-def receive(url, part, title=None):
-    """Receives what the file `part` lacks. Raises OSError or HTTPException if that fails.
-
-    title: of a progress bar, or None."""
-    size = part.stat().st_size if part.exists() else 0
-    request = Request(url, headers={"User-Agent": "tools.fetch", "Range": f"bytes={size}-"})
-    try:
-        reply = urlopen(request, timeout=60)
-    except urllib.error.HTTPError as e:
-        if e.code == 416:                                    # nothing stands behind these bytes
-            return
-        raise
-    with reply:
-        goes_on = reply.status == 206                        # a server may ignore the range
-        found = reply.headers.get("Content-Range", "")
-        if goes_on and not found.startswith(f"bytes {size}-"):
-            raise ConnectionError(f"another part of the file: {found}")
-        bar = tqdm.wrapattr(reply, "read", total=reply.length, desc=title, disable=not title)
-        with open(part, "ab" if goes_on else "wb") as file, bar as source:
-            shutil.copyfileobj(source, file)
-        if reply.length:                                     # what is left of the announced length
-            raise ConnectionError(f"{reply.length} bytes are missing")
-
-
-def download(url, part, read, title=None):
-    """The whole file as `part` → read(part), which raises InputError if the content is not whole.
-
-    Raises InputError after a few tries."""
+def download(url, use):
+    """→ use(the bytes there), which raises InputError unless they are the whole file. Raises InputError after
+    a few tries."""
     for pause in PAUSES:
         time.sleep(pause)
         try:
-            receive(url, part, title)
-            return read(part)
-        except (OSError, http.client.HTTPException) as e:    # urllib's errors are OSErrors
+            with urlopen(Request(url, headers={"User-Agent": "tools.fetch"}), timeout=60) as reply:
+                return use(reply.read())
+        except (OSError, http.client.HTTPException, InputError) as e:        # urllib's errors are OSErrors
             problem = str(e) or type(e).__name__
-        except InputError as e:                              # the next try begins from nothing
-            part.unlink(missing_ok=True)
-            problem = str(e)
     raise InputError(f"{url}: expected the whole file, found after {len(PAUSES)} tries: {problem}")
 
 
 def fetch_picture(url, path):
     """A picture, unless it is there and can be decoded."""
+    def keep(content):
+        part = Path(f"{path}.part")
+        part.write_bytes(content)
+        open_image(part)
+        os.replace(part, path)
+
     with contextlib.suppress(InputError):
         return open_image(path)
-    part = Path(f"{path}.part")
-    download(url, part, open_image)
-    os.replace(part, path)
-
-
-def unzip(name, path):
-    """The bytes of the file `name`, in whatever folder of the zip it is. Raises InputError."""
-    with reading(path, f"a complete zip with {name}"), zipfile.ZipFile(path) as archive:
-        names = {Path(member).name: member for member in archive.namelist()}
-        return archive.read(names[name])                     # checksum included
+    download(url, keep)
 
 
 def fetch_archive(url, path):
-    """The file `path`, out of the archive, unless it is there."""
-    part = path.parent / (url.rsplit("/", 1)[1] + ".part")
+    """The file `path`, out of the archive, in whatever folder of it, unless it is there."""
+    def unzip(content):
+        with reading(url, f"a complete zip with {path.name}"):
+            archive = zipfile.ZipFile(io.BytesIO(content))
+            names = {Path(member).name: member for member in archive.namelist()}
+            return archive.read(names[path.name])            # checksum included
+
     if not path.exists():
+        print(url)
         make_folder(path.parent)
-        content = download(url, part, partial(unzip, path.name), title=path.name)
-        with written_whole(path) as temporary:
-            temporary.write_bytes(content)
-    part.unlink(missing_ok=True)
+        write_whole(path, download(url, unzip))
 
 
 def needed_pictures(args):
@@ -130,13 +98,8 @@ def main(argv=None):
     add("--dev-samples", type=number(int, 0), default=200, help="dev samples (default 200, as train.py)")
     add("--seed", type=int, default=0, help="which samples (default 0, as train.py)")
     add("--limit", type=number(int, 1), metavar="N", help="evaluation items, as train.py's (default: all)")
-    add("--chair", action="store_true", help="the instances, too, that tools.score --chair needs (240 MB)")
     args = parser.parse(argv)
-    archives = ARCHIVES[args.dataset]
-    if args.chair:
-        archives = archives | CHAIR
-
-    for url, name in archives.items():
+    for url, name in ARCHIVES[args.dataset].items():
         fetch_archive(url, Path(args.data) / name)
     paths = needed_pictures(args)
     for folder in {path.parent for path in paths}:
