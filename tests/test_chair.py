@@ -103,14 +103,14 @@ def root(shared, tmp_path):
     return tmp_path
 
 
-def run(root, *more):
-    return score.main([str(root / "mine.json"), "--chair", str(root / "synonyms.txt"), "--data", str(root), *more])
+def run(root):
+    return score.main([str(root / "mine.json"), "--chair", str(root / "synonyms.txt"), "--data", str(root)])
 
 
-def test_truth_is_instances_and_reference_captions_and_the_row_has_the_scores(root):
-    row = run(root, "--out", str(root / "out"))
+def test_truth_is_instances_and_reference_captions(root):
+    row = run(root)
     assert row["dataset"] == "coco" and row["n"] == 2 and row["chair_s"] == 50 and row["chair_i"] == 20
-    assert 0 < row["recall"] < 100 and json.loads((root / "out/results.json").read_text())[0]["chair_i"] == 20
+    assert 0 < row["recall"] < 100
 
 
 def instances(root):

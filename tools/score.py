@@ -1,10 +1,10 @@
 """Score any system's result file, without a model.
 
-    python -m tools.score FILE --dataset okvqa --data data [--split val] [--out FOLDER]
+    python -m tools.score FILE --dataset okvqa --data data [--split val]
     python -m tools.score FILE --chair SYNONYMS.txt --data data          # captions of COCO: CHAIR as well
 
 FILE is a list as the VQA server has it, of {"question_id": 1, "answer": "a"}, or as COCO has it, of
-{"image_id": 1, "caption": "a"}. Printed, and with --out a row of FOLDER/results.json, are scores of 0-100:
+{"image_id": 1, "caption": "a"}. Printed are scores of 0-100:
     score                    VQA accuracy, or CIDEr-D x 100
     per_answer_type, per_question_type    VQA accuracy, as the official evaluation reports it
     score_of                 OK-VQA: "stemmed": for `score`, answers are stemmed as the official ones are
@@ -21,7 +21,6 @@ from eval import further_scores, percent, score
 from metrics.chair import caption_objects, chair, read_synonyms
 from support.files import InputError, once, read_json, reading, run_command, string
 from support.options import Parser
-from support.results import ALSO, Unfinished
 
 
 def read_answers(path, samples, keys):
@@ -40,27 +39,25 @@ def read_answers(path, samples, keys):
     return answered, [answers[s.id] for s in answered]
 
 
-def categories(root, folder, samples):
-    """What COCO has in the samples' pictures of train2014 or val2014 → {image id: set of names}."""
-    path = Path(root) / f"coco/annotations/instances_{folder}.json"
+def categories(root, samples):
+    """What COCO has in each of the pictures, which are of val2014 → a set of names for each."""
+    path = Path(root) / "coco/annotations/instances_val2014.json"
     with reading(path, "COCO's instances in every picture"):
         found = read_json(path)
         names = {c["id"]: c["name"] for c in found["categories"]}
         seen = {image["id"]: set() for image in found["images"]}
         for a in found["annotations"]:
             seen[a["image_id"]].add(names[a["category_id"]])
-        return {s.image_id: seen[s.image_id] for s in samples if Path(s.image).parent.name == folder}
+        return [seen[s.image_id] for s in samples]
 
 
 def chair_scores(root, samples, captions, synonyms):
     """CHAIRs, CHAIRi and recall, 0-100, with the published synonyms. In a picture is what COCO's instances or
     its reference captions name."""
-    found = {}
-    for folder in {Path(s.image).parent.name for s in samples}:
-        found |= categories(root, folder, samples)
+    found = categories(root, samples)
     with reading(synonyms, "a synonym list, a line `node, synonym, …` for every category of COCO"):
         nodes = read_synonyms(Path(synonyms).read_text(encoding="utf-8"))
-        truths = [{nodes[name] for name in found[s.image_id]} for s in samples]
+        truths = [{nodes[name] for name in names} for names in found]
     for s, truth in zip(samples, truths, strict=True):
         truth.update(*(caption_objects(reference, nodes) for reference in s.answers))
     return {name: percent([x]) for name, x in chair(captions, truths, nodes).items()}
@@ -74,7 +71,6 @@ def main(argv=None):
     add("--split", help="train, val or test, as the dataset has it (default: the dataset's own)")
     add("--data", default="data", metavar="FOLDER", help="as train.py's (default data)")
     add("--chair", metavar="SYNONYMS", help="captions: CHAIR as well; the file's lines: node, synonym, …")
-    add("--out", metavar="FOLDER", help="add a row to FOLDER/results.json, the answers to predictions.jsonl")
     args = parser.parse(argv)
     task = DATASETS[args.dataset]
     split = args.split or task.eval_split
@@ -85,21 +81,18 @@ def main(argv=None):
     if len(answered) < len(samples):
         print(f"{args.file} answers {len(answered)} of the {len(samples)} items of {args.dataset} {split}: "
               "scored are these alone")
-    total, each = score(args.dataset, answered, answers, args.data)
+    total, _ = score(args.dataset, answered, answers, args.data)
     if total is None:
         raise InputError(f"{args.data}: expected annotations of {args.dataset} {split} to score against, "
                          "found none")
 
-    row = {"dataset": args.dataset, "split": split, "method": Path(args.file).stem, "shots": 0,
-           "metric": task.metric, "score": total, "n": len(answered)}
-    row |= dict.fromkeys(["seed", "parameters", "prompt_tokens", "ms_per_query", "train_seconds", *ALSO])
-    row |= further_scores(args.dataset, answered, answers, args.data)
+    found = {"dataset": args.dataset, "split": split, "metric": task.metric, "score": total,
+             "n": len(answered)}
+    found |= further_scores(args.dataset, answered, answers, args.data)
     if args.chair:
-        row |= chair_scores(args.data, answered, answers, args.chair)
-    if args.out:
-        Unfinished(args.out, row, resume=False).finish(row, answered, answers, each, keys=())
-    print(json.dumps({name: row[name] for name in row if row[name] is not None}, indent=1))
-    return row
+        found |= chair_scores(args.data, answered, answers, args.chair)
+    print(json.dumps(found, indent=1))
+    return found
 
 
 if __name__ == "__main__":
