@@ -28,8 +28,7 @@ from support.files import InputError, fits_into_memory, run_command
 from support.kernels import clock
 from support.options import Parser, add_common_arguments, early, number, read_run
 from support.parallel import gather, join, leave, rank, world
-from support.pictures import readable
-from support.results import Unfinished, count, digest, finish_run, new_row, read_rows, show_answers, table
+from support.results import Unfinished, count, digest, finish_run, new_row, read_rows, table
 
 
 # ---- Answer
@@ -192,7 +191,8 @@ def read_samples(args, split, with_pool=True):
     if with_pool:
         pool, dev = train_dev(args.dataset, args.data, args.samples, args.dev_samples,
                               args.seed, args.task)
-    pool, dev, queries = readable(args.skip_bad_images, pool, dev, queries)
+    for s in {s.image_id: s for s in [*pool, *dev, *queries]}.values():
+        s.picture_size()
     if task.stemmer and queries[0].answers:
         task.stemmer(args.data)
     return pool, dev, queries
@@ -217,7 +217,6 @@ def report(args, folder, say, pool, queries, split, adapter, features, seconds):
     rows.append(row)
     finish_run(folder)
     print("\n" + table(rows))
-    show_answers(folder, args.dataset, split)
     return rows
 
 

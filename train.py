@@ -141,13 +141,13 @@ def train(args, compute, adapter, samples, dev_score, save, folder):
                 optimiser.zero_grad()
                 sums = torch.zeros(2)
                 for queries, icds in share(micro):
-                    with fits_into_memory("--batch-size", args.batch_size, ", with twice the --accumulate"):
+                    with fits_into_memory("--batch-size", args.batch_size):
                         align, ce = compute(queries, icds)
                         loss = args.lambda_align * align + args.lambda_ce * ce
                         (loss / len(micro)).backward()
                     sums += torch.tensor([align.item(), ce.item()]) / len(micro)
                 add_gradients(adapter.parameters())
-                add([sums])
+                add(sums)
 
                 # 2. Clip, schedule, step.
                 norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), args.clip).item()

@@ -50,9 +50,8 @@ def read_json(path, what="a file of complete JSON"):
 
 def read_tokenizer(path):
     """The tokenizers.Tokenizer in tokenizer.json, without padding and truncation."""
-    read_json(path)                                   # a missing or truncated file is said better here
     with reading(path, "a tokenizer"):
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -92,27 +91,22 @@ def read_tensors(path, what):
     return tensors, about
 
 
-@contextlib.contextmanager
-def written_whole(path):
-    """→ a temporary name to write to, which becomes `path` once all of it is on the disk: a crash leaves the
-    older file whole. Raises InputError, and leaves nothing behind, if there is no room or no right to."""
+def write_whole(path, content):
+    """Writes the bytes under another name, which becomes `path` once all are there: a kill or a full disk
+    leaves the older file whole. Raises InputError if there is no room or no right to."""
     temporary = Path(f"{path}.tmp")
     try:
         with reading(path, "a file that can be written"):
-            yield temporary
-            with open(temporary, "r+b") as file:      # Windows syncs no file that is open for reading only
-                os.fsync(file.fileno())
+            temporary.write_bytes(content)
             os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()                        # still there only if something went wrong
+        temporary.unlink(missing_ok=True)             # still there only if something went wrong
 
 
 def write_text(path, text):
     """The whole text (UTF-8, line ends as they are), or the older file."""
     if os.environ.get("RANK", "0") == "0":
-        with written_whole(path) as temporary:
-            temporary.write_bytes(text.encode())
+        write_whole(path, text.encode())
 
 
 def write_json(path, content):
@@ -122,15 +116,12 @@ def write_json(path, content):
 def save_tensors(path, tensors, about):
     """Tensors and metadata ({name: value}, kept as text) as safetensors; the same content, the same bytes."""
     if os.environ.get("RANK", "0") == "0":
-        content = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()},
-                       {name: str(value) for name, value in about.items()})
+        content = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
         n = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:n])
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))    # the library's is chance
-        header = json.dumps(header).encode()
+        about = {name: str(about[name]) for name in sorted(about)}            # the library's order is chance
+        header = json.dumps({"__metadata__": about, **json.loads(content[8:n])}).encode()
         header += b" " * (-len(header) % 8)
-        with written_whole(path) as temporary:
-            temporary.write_bytes(len(header).to_bytes(8, "little") + header + content[n:])
+        write_whole(path, len(header).to_bytes(8, "little") + header + content[n:])
 
 
 class Stored(nn.Module):
@@ -183,12 +174,8 @@ def load_state(path, module, optimiser):
             _, n, moment = name.split(".")
             moments.setdefault(int(n), {})[moment] = tensors.pop(name)
         module.load_state_dict({name.removeprefix("parameter."): x for name, x in tensors.items()})
-        trained = [p for group in optimiser.param_groups for p in group["params"]]
-        if any(x.shape not in ((), trained[n].shape) for n, state in moments.items() for x in state.values()):
-            raise ValueError("moments of other shapes")
         optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
-        step, best, seconds = json.loads(about["numbers"])
-        return int(step), best, float(seconds)
+        return json.loads(about["numbers"])
 
 
 def make_folder(path):
@@ -198,16 +185,15 @@ def make_folder(path):
 
 
 @contextlib.contextmanager
-def fits_into_memory(option, size, more=""):
+def fits_into_memory(option, size):
     """Around work on `size` queries at a time: if memory is short, InputError says which option to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as e:          # the CPU's allocator has no error of its own
         if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(e):
             raise
-        hint = f"try {option} {size // 2}{more}" if size > 1 else "there is no smaller one"
         raise InputError(f"{option} {size}: expected it to fit into the memory, found that it does not; "
-                         f"{hint}") from None
+                         "try a smaller one") from None
 
 
 def check_finite(step, micro, **numbers):

@@ -4,7 +4,6 @@ import argparse
 import inspect
 import math
 import sys
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -42,17 +41,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
     def parse(self, argv=None):
-        """The arguments (default: of the command line). For an unknown option, the one that was meant."""
+        """The arguments (default: of the command line)."""
         args, unknown = self.parse_known_args(argv)
         if not unknown:
             return args
         word = unknown[0].split("=")[0]
         if word in MOVED:
             raise InputError(f"{self.prog} {word}: expected nothing of that name any more; now {MOVED[word]}")
-        names = [name for action in self._actions for name in action.option_strings]
-        near = get_close_matches(word, names, 1)
-        raise InputError(f"{self.prog}: expected options that --help names, found {word}"
-                         + (f"; did you mean {near[0]}?" if near else ""))
+        raise InputError(f"{self.prog}: expected options that --help names, found {word}")
 
     def use(self, saved, path, but=()):
         """The saved arguments become defaults, where there is such an option; what is typed wins."""
@@ -61,12 +57,11 @@ class Parser(argparse.ArgumentParser):
             if value is None or action.dest in but:
                 continue
             with reading(path, f"the arguments of a run, not {action.option_strings[0]} {value!r:.80}"):
-                kinds = (str, int, float) if action.type else (str, bool)
-                if isinstance(value, bool) != (action.nargs == 0) or not isinstance(value, kinds):
-                    raise TypeError(f"a {type(value).__name__}")
-                action.default = action.type(str(value)) if action.type else value
-                if action.choices and action.default not in action.choices:
+                if action.nargs != 0:                          # 0: a flag, true or false
+                    value = (action.type or str)(str(value))
+                if action.choices and value not in action.choices:
                     raise ValueError(f"none of {', '.join(action.choices)}")
+                action.default = value
 
 
 def number(kind, least, most=math.inf):
@@ -116,7 +111,6 @@ def add_common_arguments(parser, argv, datasets):
     add("--samples", type=number(int, 1), default=1000, help="to train on and to show (default 1000)")
     add("--dev-samples", type=number(int, 0), default=200, help="others, that choose the epoch (default 200)")
     add("--seed", type=int, default=0, help="draws samples, ICDs and the adapter's start (default 0)")
-    add("--skip-bad-images", action="store_true", help="leave out samples with missing or damaged pictures")
     add("--limit", type=number(int, 1), metavar="N", help="evaluate the first N items only (default: all)")
     add = parser.add_argument_group("model").add_argument
     add("--model", default=datasets[dataset].model, metavar="FOLDER",

@@ -63,32 +63,27 @@ def together(call, *arguments):
     try:
         call(*arguments)
     except RuntimeError as e:
+        said = str(e).replace("\n", " ")
         raise InputError(f"torchrun: expected {world()} processes at work, found that one has ended; the "
-                         f"same command with --resume goes on ({str(e):.60})".replace("\n", " ")) from None
+                         f"same command with --resume goes on ({said:.60})") from None
 
 
-def add(tensors):
-    """Every tensor (all of one dtype and device) becomes its sum over the processes, the same bits in each of
-    them."""
+def add(tensor):
+    """The tensor becomes its sum over the processes, the same bits in each of them."""
     if world() > 1:
-        flat = torch.cat([x.flatten() for x in tensors])
-        together(dist.all_reduce, flat)
-        for x, part in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
-            x.copy_(part.view_as(x))
+        together(dist.all_reduce, tensor)
 
 
 def add_gradients(parameters):
     """Every gradient becomes its sum over the processes; one that had no work has nothing to add."""
-    if world() > 1:
-        trained = [p for p in parameters if p.requires_grad]
-        for p in trained:
+    for p in parameters:
+        if p.requires_grad and world() > 1:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        add([p.grad for p in trained])
+            add(p.grad)
 
 
 def gather(value):
-    """Every process's value, of what JSON can hold, in the order of the ranks; all of them have to call
-    it."""
+    """Every process's value, of what JSON can hold, in the order of the ranks; all have to call it."""
     if world() == 1:
         return [value]
     mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

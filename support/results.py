@@ -25,14 +25,19 @@ SAME = ("dataset", "split", "method", "shots", "n", "seed")    # a new row repla
 ALSO = ("model", "task", "samples", "dtype", "official", "num_beams", "length_penalty")   # and must in these
 
 
+def settings(args):
+    """Of a command's arguments (a dict) those that decide what comes out, as JSON has them."""
+    return json.loads(json.dumps({k: args[k] for k in args if k not in ("out", "run", "resume")}))
+
+
 def new_row(args, metric, split, method, shots, n, made_of="", parameters=0, seconds=0):
     """What a row says before it is made. made_with: digest of all that its answers depend on; made_of: of the
     adapter."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "run", "resume")}
-    made_with = hashlib.sha256(json.dumps([settings, split, made_of], sort_keys=True).encode()).hexdigest()
+    given = settings(vars(args))
+    made_with = hashlib.sha256(json.dumps([given, split, made_of], sort_keys=True).encode()).hexdigest()
     row = {"dataset": args.dataset, "split": split, "method": method, "shots": shots, "metric": metric,
            "score": None, "n": n, "seed": args.seed, "parameters": parameters, "train_seconds": seconds}
-    row |= {name: settings[name] for name in ALSO}
+    row |= {name: given[name] for name in ALSO}
     return row | {"model": Path(args.model).resolve().name, "made_with": made_with[:12]}
 
 
@@ -138,17 +143,14 @@ class Unfinished:
 
 
 def table(rows):
-    """Rows as text, a line each; "–" for what is not known."""
-    def shown(value, form):
-        return "–" if value is None else format(value, form)
-
+    """Rows as text, a line each."""
     head = ("method", "shots", "split", "score", "n", "parameters", "prompt tokens", "ms/query")
     form = "{:<16}{:>6}{:>7}{:>8}{:>7}{:>12}{:>15}{:>10}"
     found = [f"{rows[0]['dataset']}: {METRICS[rows[0]['metric']]}", form.format(*head)]
     for r in rows:
-        score, size = shown(r["score"], ".2f"), shown(r["parameters"], ",")
-        tokens, ms = shown(r["prompt_tokens"], ""), shown(r["ms_per_query"], ".2f")
-        found.append(form.format(r["method"], r["shots"], r["split"], score, r["n"], size, tokens, ms))
+        score = "–" if r["score"] is None else f"{r['score']:.2f}"               # no annotations
+        found.append(form.format(r["method"], r["shots"], r["split"], score, r["n"], f"{r['parameters']:,}",
+                                 r["prompt_tokens"], f"{r['ms_per_query']:.2f}"))
     return "\n".join(found)
 
 
@@ -158,15 +160,12 @@ def begin_run(folder, args, resume):
     InputError for a folder of another run, or of an unfinished one that nobody asks to resume."""
     path = Path(folder) / "args.json"
     state = Path(folder) / "state.safetensors"
-    mine = json.loads(json.dumps({k: v for k, v in args.items() if k not in ("resume", "out")}))
-    old = {}
+    mine = settings(args)
+    old = mine
     if path.exists():
         with reading(path, "the arguments of a run"):
             old = dict(read_json(path))
-    elif (Path(folder) / "results.json").exists():
-        raise InputError(f"{folder}: expected no other command's results, found some; choose another --out")
-    named = old.keys() - {"out", "commit", "torch", "python", "started", "finished"}
-    differ = sorted(k for k in named if old[k] != mine.get(k))
+    differ = sorted(k for k in mine if old.get(k) != mine[k])
     if differ and any(Path(folder).glob("*.safetensors")):
         raise InputError(f"{folder}: expected no run or one of the same arguments, found other "
                          f"{', '.join(differ)}; choose another --out or delete it")
@@ -192,22 +191,18 @@ def already_finished(folder):
 
 def commit():
     """The commit of this code, "" if nobody knows."""
-    command = ["git", "describe", "--always", "--dirty"]
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     with contextlib.suppress(OSError):
-        here = Path(__file__).parent
-        return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return ""
 
 
 @contextlib.contextmanager
 def open_log(path, columns, step):
-    """log.csv with the rows of the first `step` steps, to write more. Raises InputError if they are gone."""
+    """log.csv with the rows of the first `step` steps, to write more."""
     found = [",".join(columns)]
     if step:
-        with reading(path, f"the rows of {step} steps"):
-            found = path.read_text(encoding="utf-8").split("\n")[:-1][:step + 1]
-            if len(found) != step + 1:
-                raise ValueError(f"{len(found)} lines; to start anew delete state.safetensors")
+        found = path.read_text(encoding="utf-8").split("\n")[:step + 1]
     wait()
     write_text(path, "\n".join(found) + "\n")
     with open(path if rank() == 0 else os.devnull, "a", encoding="utf-8", newline="", buffering=1) as file:
@@ -221,17 +216,3 @@ def finish_run(folder):
     wait()
     if rank() == 0:
         (Path(folder) / "state.safetensors").unlink(missing_ok=True)
-
-
-def show_answers(folder, dataset, split):
-    """Prints three questions with what each method said to them."""
-    said = {}
-    for p in read_predictions(Path(folder) / "predictions.jsonl"):
-        if p["dataset"] == dataset and p["split"] == split:
-            said.setdefault(p["id"], []).append(p)
-    for found in list(said.values())[:3]:
-        first = found[0]
-        truth = max(first["answers"], key=first["answers"].count) if first["answers"] else "?"
-        print(f"\nimage {first['image_id']}  {first['question'] or ''}  (truth: {truth})")
-        for p in found:
-            print(f"  {title(p):<12}{p['prediction']}")

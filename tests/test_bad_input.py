@@ -25,7 +25,7 @@ from experiments import layerwise
 from model import Idefics2
 from models import load_model
 from support.files import InputError, load_state, run_command, save_state
-from support.pictures import open_image, readable
+from support.pictures import open_image
 from support.results import read_predictions, read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -175,13 +175,6 @@ def bomb(width, height):
     return bytes(whole)
 
 
-def animated():
-    buffer = io.BytesIO()
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
-    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
-    return buffer.getvalue()
-
-
 # ---- Data: (what is asked for, file, harm, words of the complaint besides the file's name)
 Q, A, K = ("okvqa/OpenEnded_mscoco_train2014_questions.json", "okvqa/mscoco_train2014_annotations.json", "coco/dataset_coco.json")
 VA, VQ = "vqav2/v2_mscoco_train2014_annotations.json", "vqav2/v2_OpenEnded_mscoco_val2014_questions.json"
@@ -247,10 +240,8 @@ PICTURES = {
     "cut in its header": (begins(1e-4), ["a complete image"]),
     "noise": (holds(random.Random(0).randbytes(5000)), ["cannot identify"]),
     "a web page": (holds(b"<html><body>502 Bad Gateway</body></html>"), ["cannot identify"]),
-    "a decompression bomb": (holds(bomb(60_000, 60_000)), ["60000 x 60000 pixels: a decompression bomb"]),
-    "a smaller bomb": (holds(bomb(20_000, 5_001)), ["decompression bomb"]),
+    "a decompression bomb": (holds(bomb(60_000, 60_000)), ["a complete image", "decompression bomb"]),
     "as large as it says in nothing": (holds(bomb(4000, 4000)), ["a complete image"]),
-    "an animation": (holds(animated()), ["an animation of 3 frames"]),
     "a program for Ghostscript": (holds(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nquit\n"),
                                     ["cannot identify"]),
 }
@@ -274,26 +265,6 @@ def test_a_picture_is_what_its_bytes_say_whatever_its_name(tmp_path):
         assert open_image(tmp_path / "a.jpg").size == (9, 8)
 
 
-def test_bad_pictures_are_left_out_counted_and_listed_on_demand(world, tiny_folder, capsys):
-    """One of the evaluation split, one of the training split; what remains is trained on and scored."""
-    train_set, val = (load("okvqa", world / "data", split) for split in ("train", "val"))
-    bad, other = train_set[3].image, val[1].image
-    cut_in_its_middle, gone_ = PICTURES["cut in its middle"][0], PICTURES["gone"][0]
-    cut_in_its_middle(bad)
-    gone_(other)
-    row, = train.main(["--dataset", "okvqa", "--model", str(tiny_folder), "--data", str(world / "data"), "--out",
-                       str(world / "out"), "--skip-bad-images", "--epochs", "1", "--shots", "1", "--num-beams", "1"])
-    said = capsys.readouterr().out
-    assert "--skip-bad-images: 2 bad pictures\n" in said
-    assert f"{bad}: expected a complete image" in said and f"{other}: expected a complete image, found no file" in said
-    assert row["n"] == len([s for s in val if s.image_id != val[1].image_id])
-    for s in val:
-        gone_(s.image) if s.image.is_symlink() else None
-    words = ["--dataset", "okvqa", "--model", tiny_folder, "--data", world / "data", "--out", world / "out2", "--skip-bad-images"]
-    check(complaint(evaluation.main, words, capsys), ["--skip-bad-images: expected good pictures, found none", "found no file"])
-    assert readable(True, train_set)[0] == [s for s in train_set if s.image_id != train_set[3].image_id]
-
-
 # ---- Models, adapters, runs: (file, harm, words besides its name)
 W, NORM = "model/model.safetensors", "model.text_model.norm.weight"
 M, T, P, G, C = (f"model/{name}.json" for name in (
@@ -309,21 +280,14 @@ FILES = {
     "a tensor upon another": (W, moved(NORM, -2), "complete safetensors"),
     "a shape that the bytes are not": (W, header(lambda h: h[NORM].update(shape=[999])), "complete safetensors"),
     "a dtype that is none": (W, header(lambda h: h[NORM].update(dtype="X7")), "complete safetensors"),
-    "weights of whole numbers": (W, tensors(lambda t: t.update({NORM: t[NORM].to(torch.int16)})), f"{NORM} of torch.int16"),
     "weights of other names": (W, tensors(lambda t: t.update(wrong=t.pop(NORM))), f'Missing key(s) in state_dict: "{NORM}"'),
     "weights of another shape": (W, tensors(lambda t: t.update({NORM: t[NORM][:9]})), f"mismatch for {NORM}"),
     "weights with NaN": (W, poisoned(NORM), f"finite logits, found others; not finite are the weights ['{NORM}']"),
-    "an index that climbs": (M, holds({"weight_map": {"a": "../../a.safetensors"}}), "a weight_map"),
-    "a tokenizer cut": (T, cut(0.5), "complete JSON"),
+    "a tokenizer cut": (T, cut(0.5), "a tokenizer"),
     "a tokenizer of something else": (T, holds({"version": "1.0"}), "a tokenizer"),
     "a tokenizer gone": (T, gone, "found no file"),
     "a preprocessor of a list": (P, holds([1]), "sizes in pixels"),
-    "a size of text": (P, changed(lambda c: c.update(size={"longest_edge": "40"})), "'40' pixels"),
-    "a preprocessor of no size": (P, changed(lambda c: c.update(size={"longest_edge": 0})), ": 0 pixels"),
-    "a mean of two numbers": (P, changed(lambda c: c.update(image_mean=[1, 2])), "of three numbers"),
-    "a deviation of nothing": (P, changed(lambda c: c.update(image_std=[0, 1, 1])), "image_std [0, 1, 1]"),
     "a scale of text": (P, changed(lambda c: c.update(rescale_factor="1/255")), "of three numbers"),
-    "a scale of nothing": (P, changed(lambda c: c.update(rescale_factor=0)), "scale 0"),
     "a resampling that is none": (P, changed(lambda c: c.update(resample=99)), "99 is not a valid Resampling"),
     "a padding of text": (G, changed(lambda c: c.update(pad_token_id="<pad>")), "pad_token_id '<pad>'"),
     "a padding below nothing": (G, changed(lambda c: c.update(pad_token_id=-1)), "pad_token_id -1"),
@@ -350,7 +314,6 @@ FILES = {
     "arguments of words for numbers": ("run/args.json", changed(lambda c: c.update(samples="many")), "--samples 'many'"),
     "arguments of an unknown dataset": ("run/args.json", changed(lambda c: c.update(dataset="x")), "--dataset 'x'"),
     "arguments of a list for a number": ("run/args.json", changed(lambda c: c.update(num_beams=[1])), "--num-beams [1]"),
-    "arguments of a number for a folder": ("run/args.json", changed(lambda c: c.update(model=0.5)), "--model 0.5"),
     "results of something else": ("run/results.json", holds({"score": 1}), "a list of rows"),
     "results cut": ("run/results.json", cut(0.5), "complete JSON"),
     "predictions garbled": ("run/predictions.jsonl", holds(b'{"dataset": 1}\n{"data\n'), "a prediction, a JSON object"),
@@ -412,16 +375,14 @@ def test_a_disk_that_is_full(command, tmp_path, script, file, size):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("script, words, option, hint", [
-    ("train.py", ["--samples", "600", "--batch-size", "600"], "--batch-size 600",
-     "try --batch-size 300, with twice the --accumulate"),
-    ("eval.py", ["--shots", "8", "--limit", "500", "--eval-batch-size", "500"], "--eval-batch-size 500",
-     "try --eval-batch-size 250")])
-def test_too_little_memory_for_a_batch(command, tmp_path, script, words, option, hint):
+@pytest.mark.parametrize("script, words, option", [
+    ("train.py", ["--samples", "600", "--batch-size", "600"], "--batch-size 600"),
+    ("eval.py", ["--shots", "8", "--limit", "500", "--eval-batch-size", "500"], "--eval-batch-size 500")])
+def test_too_little_memory_for_a_batch(command, tmp_path, script, words, option):
     status, errors = command(script, [*words, "--out", tmp_path / "run"], more_memory=350_000_000)
     line = errors[errors.index("error: "):] if "error: " in errors else errors
     assert status == 2 and line.startswith(
-        f"error: {option}: expected it to fit into the memory, found that it does not; {hint}"), errors
+        f"error: {option}: expected it to fit into the memory, found that it does not; try a smaller one"), errors
     assert line.count("\n") == 1
 
 

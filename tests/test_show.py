@@ -108,7 +108,7 @@ def test_a_sheet_of_real_samples_has_their_pictures(shared, tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["shew"], "invalid choice: 'shew'"), (["toy", "--lamda-ce", "1"], "did you mean --lambda-ce"),
+    (["shew"], "invalid choice: 'shew'"), (["toy", "--lamda-ce", "1"], "that --help names, found --lamda-ce"),
     (["toy", "--task", "100000"], "has no task"), (["toy", "--model", "/nowhere"], "/nowhere: expected a model folder"),
     (["toy", "--png", "/nowhere/a.png"], "/nowhere/a.png: expected a picture file"),
     (["toy", "--png", "a.xyz"], "a.xyz: expected a picture file")])
