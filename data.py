@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from model import Config
-from support.files import InputError, chunks, once, read_json, read_tokenizer, reading, string  # noqa: F401
+from support.files import InputError, chunks, read_json, read_tokenizer, reading, string  # noqa: F401
 from support.pictures import ImageTransform, encode_images, open_image  # noqa: F401 (belongs to a batch)
 
 
@@ -98,7 +98,6 @@ def load_vqa(name, prefix, root, split, task=0, only=None):
     samples = {}
     with reading(questions, "VQA questions"):
         asked = [q for q in read_json(questions)["questions"] if only is None or q["question_id"] in only]
-        once([q["question_id"] for q in asked], questions, "question_id")
         for q in asked:
             image = Path(root) / f"coco/{split}2014/COCO_{split}2014_{q['image_id']:012d}.jpg"
             number = q["question_id"]
@@ -107,7 +106,6 @@ def load_vqa(name, prefix, root, split, task=0, only=None):
         return list(samples.values())
     with reading(annotations, "VQA annotations"):
         known = [a for a in read_json(annotations)["annotations"] if a["question_id"] in samples]
-        once([a["question_id"] for a in known], annotations, "question_id")
         for a in known:
             s = samples[a["question_id"]]
             s.answers = [string(x["answer"]) for x in a["answers"]]
@@ -151,7 +149,6 @@ def load_captions(root, split, task):
                 captions = [string(s["raw"]).strip() for s in image["sentences"]]
                 file = Path(root) / "coco" / image["filepath"] / image["filename"]
                 samples.append(Sample(image["cocoid"], file, None, captions, captions[0], image["cocoid"]))
-        once([s.id for s in samples], path, "cocoid")
     return samples
 
 
@@ -198,7 +195,8 @@ def load(dataset, root, split, task=0):
     samples = DATASETS[dataset].read(root, split, task)
     if not samples:
         raise InputError(f"{root}: expected samples of {dataset} {split}, found none")
-    once([s.id for s in samples], root, "Sample.id")
+    if len({s.id for s in samples}) < len(samples):
+        raise InputError(f"{root}: expected every Sample.id of {dataset} {split} once, found one twice")
     if split == "train" and not all(s.target for s in samples):
         raise InputError(f"{root}: expected Sample.target, what is trained, in all of {dataset}, found none")
     return samples

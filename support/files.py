@@ -11,7 +11,6 @@ import json
 import math
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -65,27 +64,19 @@ def string(value):
     return value
 
 
-def once(values, path, what):
-    """Raises InputError if a value is there twice."""
-    if repeated := [value for value, n in Counter(values).items() if n > 1]:
-        raise InputError(f"{path}: expected every {what} once, found {repeated[0]} more than once")
-
-
 def chunks(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
 def read_tensors(path, what):
-    """→ the fp32 tensors {name: tensor} and the metadata {name: text} of a safetensors file.
+    """→ the tensors {name: tensor} and the metadata {name: text} of a safetensors file.
 
-    Raises InputError, naming `what` was expected, for another file, another dtype, NaN or infinity."""
+    Raises InputError, naming `what` was expected, for another file, NaN or infinity."""
     with reading(path, f"{what} in safetensors"):
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             about = file.metadata() or {}
         for name, x in tensors.items():
-            if x.dtype != torch.float32:
-                raise TypeError(f"{name} of {x.dtype}, not torch.float32")
             if not x.isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinity")
     return tensors, about

@@ -113,7 +113,7 @@ def test_a_part_is_scored_alone_which_is_said(shared, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, message", [
-    ([{"question_id": 1, "answer": "a"}], "question_id 1, which is none of them"), ("twice", "every question_id once, found"),
+    ([{"question_id": 1, "answer": "a"}], "question_id 1, which is none of them"), ("twice", "a question_id twice"),
     ([{"question_id": "2971475", "answer": "a"}], "question_id '2971475', which"), ([{"answer": "a"}], "no 'question_id'"),
     ([{"question_id": [1], "answer": "a"}], "unhashable"), ([{"question_id": 1, "answer": None}], "None in the place of text"),
     ([], "an empty one"), ({"a": 1}, "indices must be integers"), (None, "complete JSON")])

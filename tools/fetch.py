@@ -5,7 +5,8 @@ dev samples (the demonstrations are drawn from them) and of the evaluation split
     python -m tools.fetch vqav2 --data data --limit 500            # only 500 items of the evaluation split
     python -m tools.fetch coco --data data --samples 200 --seed 1  # for `train.py --samples 200 --seed 1`
 
-What is there and whole is left alone, so that the same command goes on where one was interrupted.
+Options are train.py's, of which --data, --samples, --dev-samples, --seed and --limit say what is needed. What
+is there and whole is left alone, so that the same command goes on where one was interrupted.
 """
 
 import contextlib
@@ -22,7 +23,8 @@ from tqdm import tqdm
 
 from data import DATASETS, load, open_image, train_dev
 from support.files import InputError, make_folder, reading, run_command, write_whole
-from support.options import Parser, number
+from support.options import Parser
+from train import parse
 
 OKVQA = "https://okvqa.allenai.org/static/data/"
 VQAV2 = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/"
@@ -91,14 +93,9 @@ def needed_pictures(args):
 
 def main(argv=None):
     parser = Parser(__doc__, prog="python -m tools.fetch")
-    add = parser.add_argument
-    add("dataset", choices=ARCHIVES)
-    add("--data", default="data", metavar="FOLDER", help="where the files go (default data)")
-    add("--samples", type=number(int, 1), default=1000, help="training samples (default 1000, as train.py)")
-    add("--dev-samples", type=number(int, 0), default=200, help="dev samples (default 200, as train.py)")
-    add("--seed", type=int, default=0, help="which samples (default 0, as train.py)")
-    add("--limit", type=number(int, 1), metavar="N", help="evaluation items, as train.py's (default: all)")
-    args = parser.parse(argv)
+    parser.add_argument("dataset", choices=ARCHIVES, help="stands first")
+    mine, others = parser.parse_known_args(argv)
+    args, _ = parse(["--dataset", mine.dataset, "--shots", "1", *others])
     for url, name in ARCHIVES[args.dataset].items():
         fetch_archive(url, Path(args.data) / name)
     paths = needed_pictures(args)

@@ -19,7 +19,7 @@ from pathlib import Path
 from data import DATASETS, load
 from eval import further_scores, percent, score
 from metrics.chair import caption_objects, chair, read_synonyms
-from support.files import InputError, once, read_json, reading, run_command, string
+from support.files import InputError, read_json, reading, run_command, string
 from support.options import Parser
 
 
@@ -29,8 +29,9 @@ def read_answers(path, samples, keys):
     key, said = keys
     with reading(path, f'a list of {{"{key}": …, "{said}": …}} for samples of the split'):
         records = [(record[key], string(record[said])) for record in read_json(path)]
-        once([number for number, _ in records], path, key)
         answers = dict(records)
+        if len(answers) < len(records):
+            raise ValueError(f"a {key} twice")
         if unknown := answers.keys() - {s.id for s in samples}:
             raise ValueError(f"{key} {unknown.pop()!r:.80}, which is none of them")
         if not answers:
