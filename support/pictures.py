@@ -71,7 +71,8 @@ class ImageTransform:
             size = self.resized(*picture.size)
             resized = picture if size == picture.size else picture.resize(size, self.resample)
             u8 = np.asarray(resized)                                                               # (H,W,3)
-            arrays.append(np.stack([self.pixel_of_byte[:, c][u8[:, :, c]] for c in range(3)]))
+            channels = [self.pixel_of_byte[:, c][u8[:, :, c]] for c in range(3)]
+            arrays.append(np.stack(channels))
         H = max(a.shape[1] for a in arrays)
         W = max(a.shape[2] for a in arrays)
         values = torch.zeros(len(arrays), 3, H, W)
@@ -97,6 +98,7 @@ def encode_images(model, processor, samples, features, progress=None, encode=Non
             for chunk in chunks(group, max(1, PIXELS_AT_ONCE // (width * height))):
                 values, mask = processor.images([s.picture() for s in chunk])
                 encoded = encode(values.to(model.device), mask.to(model.device))
-                features.update(zip((s.image_id for s in chunk), encoded, strict=True))
+                for s, found in zip(chunk, encoded, strict=True):
+                    features[s.image_id] = found
                 bar.update(len(chunk))
     return features
