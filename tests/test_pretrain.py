@@ -2,7 +2,6 @@
 that really learns in context."""
 
 import functools
-import json
 
 import numpy as np
 import pytest
@@ -26,12 +25,15 @@ def tiny():
 def never_seen(kind):
     """100 episodes of nine under held-out rules: the samples of each, and a bank of pictures."""
     scenes, pictures = pretrain.random_pictures(200, 20)
-    found = world.episodes(np.random.default_rng(20), 100, pretrain.E, scenes, {kind: 1.0}, held_out=True)
-    return pretrain.as_samples(*found), pictures
+    indices, episodes = world.episodes(np.random.default_rng(20), 100, pretrain.E, scenes, {kind: 1.0}, held_out=True)
+    rows = [[Sample(i, None, asked, [told], told) for i, (asked, told) in zip(*both, strict=True)]
+            for both in zip(indices.tolist(), episodes, strict=True)]
+    return rows, pictures
 
 
 def test_ids_of_a_prompt_worked_out_by_hand(tiny):
-    words, processor = pretrain.vocabulary(), tiny[1]
+    processor = tiny[1]
+    words = sorted(found := pretrain.tokenizer().get_vocab(), key=found.get)
     ids = processor.encode(processor.expand("Image:<image> dax? rot it is\nImage:"))
     picture = ["<fake_token_around_image>", *["<image>"] * 4, "<fake_token_around_image>"]
     assert [words[i] for i in ids] == ["<s>", "Image:", *picture, "dax?", "rot", "it", "is", "\n", "Image:"]
@@ -55,16 +57,15 @@ def test_the_learning_rate_rises_rests_and_falls():
     assert factors[0] == 1 / 200 and set(factors[199:2100]) == {1.0} and 0 < factors[-1] < 0.002
 
 
-def test_a_short_run_writes_a_complete_folder_with_settings_of_its_own(tmp_path, monkeypatch, capsys):
-    for name in "VISION_STEPS", "VISION_BATCH", "STEPS", "BATCH", "BANK", "EPISODES":
+def test_a_short_run_writes_a_complete_folder_with_settings_of_its_own(tmp_path, monkeypatch):
+    for name in "VISION_STEPS", "VISION_BATCH", "STEPS", "BATCH", "BANK":
         monkeypatch.setattr(pretrain, name, 4)
     config = (TINY / "config.json").read_text().replace('"num_hidden_layers": 6', '"num_hidden_layers": 1')
     (tmp_path / "config.json").write_text(config)
     pretrain.main(["--out", str(tmp_path)])
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in TINY.iterdir()} - {"README.md", "log.csv"}
     assert Idefics2.from_pretrained(tmp_path).config.text.num_hidden_layers == 1
-    table = json.loads((tmp_path / "table.json").read_text())
-    assert len(table) == 3 * 2 * 5 and capsys.readouterr().out.endswith(pretrain.markdown(table) + "\n")
+    assert (tmp_path / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
 
 
 def accuracy(tiny, kind, shots, change=lambda demonstrations, other: demonstrations):
@@ -78,8 +79,11 @@ def accuracy(tiny, kind, shots, change=lambda demonstrations, other: demonstrati
 
 @pytest.mark.parametrize("kind", world.KINDS)
 def test_never_seen_rules_are_learnt_from_eight_demonstrations(tiny, kind):
-    assert accuracy(tiny, kind, 0) <= 0.2
-    assert accuracy(tiny, kind, 8) >= {"toy": 0.75, "toy-named": 0.85, "toy-caption": 0.95}[kind]
+    without, behind = accuracy(tiny, kind, 0), accuracy(tiny, kind, 8)
+    assert without <= 0.2 and behind >= {"toy": 0.75, "toy-named": 0.85, "toy-caption": 0.95}[kind]
+    _, cells = (TINY / "README.md").read_text(encoding="utf-8").split(f"| {kind} | never seen |")       # its table says the same
+    zero, _, _, _, eight, *_ = cells.split("|")
+    assert (100 * without, 100 * behind) == pytest.approx((float(zero), float(eight)), abs=8)
 
 
 def test_demonstrations_of_another_rule_are_of_no_use(tiny):
@@ -99,10 +103,8 @@ def test_the_order_of_the_demonstrations_hardly_matters(tiny):
         assert abs(accuracy(tiny, kind, 8, lambda own, other: own[::-1]) - accuracy(tiny, kind, 8)) <= 0.08
 
 
-def test_the_checkpoint_is_small_and_its_table_is_in_its_readme(tiny):
+def test_the_checkpoint_is_small():
     assert (TINY / "model.safetensors").stat().st_size <= 5e6
-    table = json.loads((TINY / "table.json").read_text())
-    assert pretrain.markdown(table) in (TINY / "README.md").read_text(encoding="utf-8")
 
 
 def test_logits_equal_those_of_transformers(tiny):
