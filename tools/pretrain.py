@@ -140,7 +140,7 @@ def train_vision(model, processor):
         scenes, pictures = random_pictures(VISION_BATCH, [SEED, 1, step])
         logits = head(encode(model, processor, pictures).flatten(1))
         labels = torch.from_numpy(scenes).T
-        return sum(map(F.cross_entropy, logits.split(world.SIZES, 1), labels))         # attribute by attribute
+        return sum(map(F.cross_entropy, logits.split(world.SIZES, 1), labels))       # attribute by attribute
 
     trained = [model.model["vision_model"], model.model["connector"], head]
     train("vision", trained, VISION_STEPS, 50, loss_of)

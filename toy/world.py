@@ -259,32 +259,27 @@ def episodes(rng, n, length, scenes, shares=SHARES, held_out=False):
 
 
 # --- Sheets of pictures -------------------------------------------------------------------------------------
-def font(size):
+def font():
     """A system font where there is one: Pillow's own has no accented letters."""
     for name in ("DejaVuSans.ttf", "Arial.ttf", "arial.ttf"):
         with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
+            return ImageFont.truetype(name, 14)
+    return ImageFont.load_default(14)
 
 
 def sheet(title, subtitle, items, cell, below):
     """items: (PIL image, question or None, answer) → PIL.Image, four items in a row, their texts under them;
     cell, below: width and height of a picture, and height of its texts, in pixels."""
-    big, small = font(16), font(13)
-    wrap = textwrap.TextWrapper(cell * 21 // 160).wrap
     rows = -(-len(items) // 4)
     page = Image.new("RGB", (4 * (cell + 14) + 14, 84 + rows * (cell + below)), "white")
     pen = ImageDraw.Draw(page)
-    pen.text((14, 10), title, "black", big)
-    pen.multiline_text((14, 34), subtitle, "#666666", small)
+    pen.font = font()
+    pen.multiline_text((14, 10), f"{title}\n{subtitle}", "black")
     for i, (image, asked, told) in enumerate(items):
         x = 14 + i % 4 * (cell + 14)
         y = 84 + i // 4 * (cell + below)
         resample = Image.Resampling.NEAREST if cell > max(image.size) else Image.Resampling.LANCZOS
         page.paste(ImageOps.contain(image, (cell, cell), resample), (x, y))
-        y += cell + 4
-        lines = wrap(asked or told)
-        pen.multiline_text((x, y), "\n".join(lines), "#888888" if asked else "black", small, spacing=3)
-        if asked:
-            pen.text((x, y + 16 * len(lines)), told, "black", big)
+        said = [*textwrap.wrap(asked or "", cell // 8), *textwrap.wrap(told, cell // 8)]
+        pen.multiline_text((x, y + cell + 4), "\n".join(said), "black")
     return page
