@@ -38,12 +38,12 @@ class LoRALinear(nn.Module):
         return y + (self.scale * (x @ self.A.T @ self.B.T)).to(y.dtype)
 
 
-def rebuilt(module, new, name=""):
-    """The module with new[name] in the place of each descendant of that name; those above it are copies."""
-    if name in new:
-        return new[name]
-    children = {n: rebuilt(m, new, f"{name}.{n}" if name else n) for n, m in module._modules.items()}
-    if all(child is module._modules[n] for n, child in children.items()):
+def rebuilt(module, new):
+    """The module with new[part] in the place of each such part; those that hold one are copies."""
+    if module in new:
+        return new[module]
+    children = {name: rebuilt(child, new) for name, child in module._modules.items()}
+    if children == module._modules:
         return module
     other = copy.copy(module)
     other._modules = children
@@ -106,7 +106,6 @@ class LoRA(Adapter):
         dropout = self.dropout if self.training else 0.0
         new = {}
         for key, A in self.A.items():
-            name = key.replace("/", ".")
-            linear = model.get_submodule(name)
-            new[name] = LoRALinear(linear, A, self.B[key], self.alpha / self.rank, dropout)
+            linear = model.get_submodule(key.replace("/", "."))
+            new[linear] = LoRALinear(linear, A, self.B[key], self.alpha / self.rank, dropout)
         return rebuilt(model, new)

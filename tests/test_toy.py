@@ -65,7 +65,7 @@ def test_different_digits_never_mean_the_same():
 def test_every_text_splits_into_vocabulary_tokens():
     vocabulary = world.vocabulary()
     assert len(vocabulary) == len(set(vocabulary)) == 117
-    _, episodes = world.episodes(rng(), 300, 9, world.random_scenes(1000, rng()), held_out=True)
+    _, episodes = world.episodes(rng(), 300, 9, world.random_scenes(1000, rng()))
     texts = [text for episode in episodes for pair in episode for text in pair if text is not None]
     assert {token for text in texts for token in text.split(" ")} == set(vocabulary) - set(world.PROMPT)
 
@@ -89,7 +89,6 @@ def test_pre_training_draws_seen_rules_and_prefers_english(kind):
     assert all(0 <= digit < radix for rule in rules for digit, radix in zip(rule.digits, world.RADIX[kind], strict=True))
     languages = np.array([language for rule in rules for _, language in rule.meanings])
     assert np.bincount(languages) / len(languages) == pytest.approx([0.4, 0.2, 0.2, 0.2], abs=0.03)
-    assert world.is_held_out(world.random_rule(kind, generator, held_out=True))
 
 
 @pytest.mark.parametrize("kind", world.KINDS)

@@ -184,7 +184,8 @@ def test_indirect_effects_of_the_batched_heads_equal_patching_one_head_at_a_time
     found = fv.indirect_effects(model, prompt, gold, values)
     assert_close(found, expected.float(), rtol=1e-4, atol=1e-6)
     assert expected.abs().max() > 0.001
-    assert_close(model(**prompt, shifts=fv.HeadPatch([(2, 3)], values)), patched[2][3])         # at the last token alone
+    rows = ids.expand(4, -1), torch.ones(4, ids.shape[1]), features.repeat(4, 1, 1)
+    assert_close(model(*rows, fv.HeadPatch(2, values[2])), torch.cat(patched[2]))               # at the last token alone
 
 
 def test_the_vector_is_o_proj_of_the_concatenated_heads_with_all_others_zero(toy):

@@ -79,15 +79,15 @@ def is_held_out(rule):
     return int.from_bytes(digest, "little") % 6 == 0
 
 
-def random_rule(kind, rng, held_out=False):
-    """A seen rule of this kind, or a held-out one. Four words in ten are English: so a model without
-    demonstrations has a default to be wrong with. rng: np.random.Generator."""
+def random_rule(kind, rng):
+    """A rule of this kind for pre-training. Four words in ten are English: so a model without demonstrations
+    has a default to be wrong with. rng: np.random.Generator."""
     while True:
         digits = np.where(rng.random(4) < 0.4, 0, rng.integers(1, 4, 4))
         if kind == "toy":
             digits += 4 * rng.integers(len(ATTRIBUTES), size=4)
         rule = Rule(kind, (*digits.tolist(), int(rng.integers(RADIX[kind][-1]))))
-        if is_held_out(rule) == held_out:
+        if not is_held_out(rule):
             return rule
 
 
@@ -245,12 +245,12 @@ def samples(dataset, task_number, split):
     return [Record(Image.fromarray(pictures[i]), first + i, *texts[i]) for i in range(n)]
 
 
-def episodes(rng, n, length, scenes, shares=SHARES, held_out=False):
+def episodes(rng, n, length, scenes):
     """Pre-training: n episodes of `length` examples about pictures of a bank with these scenes (M,4), each
-    under one random rule, seen or held out; shares: P(kind) → picture indices (n,length) int64, and n lists
-    of `length` pairs of question (None in captions) and answer."""
-    kinds = rng.choice(list(shares), n, p=list(shares.values())).tolist()
-    rules = [random_rule(kind, rng, held_out) for kind in kinds]
+    under one random rule → picture indices (n,length) int64, and n lists of `length` pairs of question (None
+    in captions) and answer."""
+    kinds = rng.choice(list(SHARES), n, p=list(SHARES.values())).tolist()
+    rules = [random_rule(kind, rng) for kind in kinds]
     indices = rng.integers(len(scenes), size=(n, length))
     words = rng.integers(4, size=(n, length))
     said = [[text(rule, scene, word) for scene, word in zip(*both, strict=True)]
