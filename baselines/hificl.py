@@ -13,7 +13,6 @@ import torch.nn as nn
 
 from mimic import Adapter, mixing_weight
 from model import attention
-from support.options import number
 
 
 class HiFICL(Adapter):
@@ -41,10 +40,6 @@ class HiFICL(Adapter):
     def sizes(tensors):
         L, H, n, rank = tensors["K_A"].shape
         return L, H, tensors["K_B"].shape[-1], n, rank
-
-    @staticmethod
-    def add_arguments(group):
-        group.add_argument("--rank", type=number(int, 1), default=8, help="of the virtual pairs (default 8)")
 
     def after_attention(self, layer, q, k, out, lse):
         """Attention over [K̂;K] from the attentions over K̂ and over K."""

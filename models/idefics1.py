@@ -65,16 +65,12 @@ class ResamplerConfig(PerceiverConfig):
 class LlamaConfig(TextConfig):
     """LLaMA-7B with two more tokens and the cross-attention blocks."""
     intermediate_size: int = 11008
-    num_key_value_heads: int = 0      # 0 = as many as heads
+    num_key_value_heads: int = 32     # as many as heads
     vocab_size: int = 32002           # the additional ones included (the file's vocab_size is without them)
     rms_norm_eps: float = 1e-6
     sliding_window: int = 0
     additional_vocab_size: int = 2
     cross_layer_interval: int = 4     # a block before the layers 0, 4, 8 …
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
 
 
 @dataclass
@@ -90,10 +86,11 @@ class Idefics1Config(Config):
         with read_config(path, "idefics") as raw:
             vision = raw.get("vision_config") or {}
             n_words = entry(raw, "vocab_size", 32000)
-            n_all = n_words + entry(raw, "additional_vocab_size", 2)
+            text = {**raw, "vocab_size": n_words + entry(raw, "additional_vocab_size", 2),
+                    "num_key_value_heads": raw.get("num_attention_heads")}
             return cls(sizes(ClipConfig, {**vision, "hidden_size": vision.get("embed_dim")}, "gelu"),
                        sizes(ResamplerConfig, raw.get("perceiver_config"), "relu"),
-                       sizes(LlamaConfig, {**raw, "vocab_size": n_all}, "silu"),
+                       sizes(LlamaConfig, text, "silu"),
                        entry(raw, "image_token_id", n_words + 1))
 
 

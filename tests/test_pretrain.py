@@ -31,11 +31,11 @@ def never_seen(kind):
 
 def test_ids_of_a_prompt_worked_out_by_hand(tiny):
     processor = tiny[1]
-    words = sorted(found := pretrain.tokenizer().get_vocab(), key=found.get)
+    words = [processor.tokenizer.id_to_token(i) for i in range(122)]
     ids = processor.encode(processor.expand("Image:<image> dax? rot it is\nImage:"))
     picture = ["<fake_token_around_image>", *["<image>"] * 4, "<fake_token_around_image>"]
     assert [words[i] for i in ids] == ["<s>", "Image:", *picture, "dax?", "rot", "it", "is", "\n", "Image:"]
-    assert words[:3] == ["<unk>", "<s>", "</s>"] and len(set(words)) == len(words) == 122
+    assert words[:3] == ["<unk>", "<s>", "</s>"] and len(set(words)) == processor.tokenizer.get_vocab_size() == 122
     assert processor.decode(processor.encode("rot it is\n")).strip() == "rot it is"
 
 
@@ -63,7 +63,6 @@ def test_a_short_run_writes_a_complete_folder_with_settings_of_its_own(tmp_path,
     pretrain.main(["--out", str(tmp_path)])
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in TINY.iterdir()} - {"README.md", "log.csv"}
     assert Idefics2.from_pretrained(tmp_path).config.text.num_hidden_layers == 1
-    assert (tmp_path / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
 
 
 def accuracy(tiny, kind, shots, change=lambda demonstrations, other: demonstrations):

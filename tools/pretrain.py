@@ -24,16 +24,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Sequence, Split
-from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm
 
 from data import ANSWER, Processor, Sample, chunks, left_pad, row
 from mimic import lm_loss
 from model import Config, Idefics2
-from support.files import make_folder, run_command, save_tensors, write_text
+from support.files import make_folder, run_command, save_tensors
 from support.options import Parser
 from toy import world
 
@@ -46,30 +42,6 @@ STEPS = 4000                             # of the decoder
 BATCH = 32                               # episodes a step
 BANK = 24_000                            # pictures of all episodes
 E = 9                                    # examples of an episode
-
-
-# --- The model folder ---------------------------------------------------------------------------------------
-def tokenizer():
-    """One token a word: text is split at blanks, which vanish, and at line ends, which are tokens. Ids in
-    this order: <unk> (the padding) 0, <s> 1, </s> 2, words, the image tokens."""
-    first = ["<unk>", "<s>", "</s>"]
-    last = ["<fake_token_around_image>", "<image>"]
-    ids = {word: i for i, word in enumerate([*first, *world.vocabulary(), *last])}
-    t = Tokenizer(WordLevel(ids, unk_token="<unk>"))
-    t.pre_tokenizer = Sequence([Split(" ", "removed"), Split("\n", "isolated")])
-    t.post_processor = TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
-    t.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in first + last])
-    return t
-
-
-def write_settings(folder):
-    """All of a model folder but the weights: a tokenizer and, if it has none of its own, the settings of
-    checkpoints/tiny."""
-    make_folder(folder)
-    for path in TINY.glob("*.json"):
-        if not (folder / path.name).exists():
-            shutil.copy(path, folder)
-    write_text(folder / "tokenizer.json", tokenizer().to_str(pretty=True))
 
 
 # --- Pictures and texts -------------------------------------------------------------------------------------
@@ -166,9 +138,12 @@ def train_decoder(model, processor):
 def main(argv=None):
     parser = Parser(__doc__, prog="python -m tools.pretrain")
     parser.add_argument("--out", type=Path, default=TINY, metavar="FOLDER",
-        help="gets the model; a config.json that it has stays (default checkpoints/tiny)")
+        help="gets the model; settings that it has stay (default checkpoints/tiny)")
     folder = parser.parse(argv).out
-    write_settings(folder)
+    make_folder(folder)
+    for path in TINY.glob("*.json"):
+        if not (folder / path.name).exists():
+            shutil.copy(path, folder)
     torch.manual_seed(SEED)
     model = Idefics2(Config.from_file(folder / "config.json"))
     processor = Processor.from_pretrained(folder)

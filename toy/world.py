@@ -24,7 +24,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 # --- Words --------------------------------------------------------------------------------------------------
 LANGUAGES = ["English", "French", "German", "Spanish"]
 # Values are separated by bars, a word for each language. No word occurs twice, so it gives away its language.
-# Lower case and no punctuation: VQA and caption metrics normalise both, and must not change the answers.
+# Lower case and no punctuation: VQA and caption metrics normalise both, and must not change the answers. Each
+# is a token of checkpoints/tiny/tokenizer.json.
 TABLE = {
     "colour": """red rouge rot rojo | yellow jaune gelb amarillo | green vert grün verde | blue bleu blau azul
     | purple violet lila morado | pink rose rosa rosado | brown marron braun pardo
@@ -47,14 +48,6 @@ TEMPLATES = ["a {colour} {shape} {place} on {ground}",         # six words each:
              "{place} the {shape} is {colour} {ground}",
              "{ground} behind {shape} in {colour} {place}",
              "see {shape} {colour} over {ground} {place}"]
-PROMPT = ["Image:", "Caption:", "\n"]
-
-
-def vocabulary():
-    """Every token of the toy world, prompt words included, each once, in an order that never changes."""
-    said = " ".join(FORMATS + TEMPLATES).split()
-    tokens = itertools.chain(PROMPT, *QUESTIONS.values(), said, *itertools.chain(*WORDS))
-    return list(dict.fromkeys(token for token in tokens if "{" not in token))
 
 
 # --- Rules --------------------------------------------------------------------------------------------------
