@@ -48,4 +48,5 @@ class HiFICL(Adapter):
         rows = (len(q), -1, -1, -1)
         virtual, log_z1 = attention(q.to(K.dtype), K.expand(rows), V.expand(rows))       # (B,H,T,D), (B,H,T)
         mu = mixing_weight(log_z1, lse).unsqueeze(-1)
-        return out + (mu * (virtual - out.to(virtual.dtype))).to(out.dtype)
+        shift = virtual - out.to(virtual.dtype)
+        return out + (mu * shift).to(out.dtype)

@@ -79,7 +79,7 @@ def write(processor, episodes):
 # --- Training -----------------------------------------------------------------------------------------------
 def schedule(step, steps, warmup):
     """Factor on the learning rate: up in `warmup` steps, then 1, in the last three tenths down to 0."""
-    rise = (step + 1) / min(warmup, max(1, steps // 5))
+    rise = (step + 1) / warmup
     fall = (steps - step) / (0.3 * steps)
     return min(rise, 1.0, fall)
 
