@@ -38,7 +38,6 @@ from model import (
     split_heads,
 )
 from support.checkpoint import entry, read_config, sizes
-from support.files import InputError
 from support.kernels import Embedding, Linear, sdpa
 from support.pictures import pixels
 
@@ -305,22 +304,15 @@ class Idefics1(Idefics2):
     def text_model(self):
         return self.model
 
-    def tower(self, pixel_values, pixel_mask):
-        """(N,3,H,W), (N,H,W) bool → the vision tower's last states (N,1+P,d_vision)."""
-        side = self.config.vision.image_size
-        found = tuple(pixel_values.shape[-2:])
-        if found != (side, side) or not pixel_mask.all():
-            raise InputError(f"expected pictures of {side} x {side} pixels, found {found} or padding")
-        return self.model.vision_model(pixel_values.to(self.dtype))
-
     def patches(self, pixel_values, pixel_mask):
         """→ the tower's states without the class token (N,P,d_vision), and which are picture (N,P): all."""
-        states = self.tower(pixel_values, pixel_mask)[:, 1:]
+        states = self.model.vision_model(pixel_values.to(self.dtype))[:, 1:]
         return states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
 
     def encode_images(self, pixel_values, pixel_mask):
-        """pixel_values (N,3,H,W) of one size, pixel_mask (N,H,W) all True → (N,n_latents,d_vision)."""
-        return self.model.perceiver_resampler(self.tower(pixel_values, pixel_mask))
+        """pixel_values (N,3,H,W) of the config's size, pixel_mask all True → (N,n_latents,d_vision)."""
+        states = self.model.vision_model(pixel_values.to(self.dtype))
+        return self.model.perceiver_resampler(states)
 
     def pictures(self, input_ids, image_features, cache=None):
         """What the blocks look at; None: no pictures but those in the cache."""

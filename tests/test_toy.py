@@ -64,7 +64,8 @@ def test_different_digits_never_mean_the_same():
 
 
 def test_the_words_of_all_texts_are_the_tokens_of_the_checkpoint():
-    tokens = json.loads(Path("checkpoints/tiny/tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    path = Path(__file__).resolve().parents[1] / "checkpoints/tiny/tokenizer.json"
+    tokens = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
     others = {"<unk>", "<s>", "</s>", "Image:", "Caption:", "\n", "<fake_token_around_image>", "<image>"}
     _, episodes = world.episodes(rng(), 300, 9, world.random_scenes(1000, rng()))
     texts = [text for episode in episodes for pair in episode for text in pair if text is not None]
