@@ -9,7 +9,7 @@ v is added in every pass of generation: to the prompt's last token, then to each
 100 training samples behind 10 demonstrations, such that the answer's first token is the one that the model
 finds most probable. The 25 shuffled prompts have queries of these, new demonstrations, and those
 demonstrations' answers permuted. A patched head changes nothing but the last token, so all before it is
-computed once a prompt, and the heads are rows of a batch of single tokens.
+computed once a prompt, and the heads of a layer are rows of a batch of single tokens.
 """
 
 import copy
@@ -27,7 +27,6 @@ from support.files import InputError
 PROMPTS = 100                 # clean prompts
 SHUFFLED = 25                 # prompts with shuffled answers
 HEADS = 10                    # |A|
-ROWS = 32                     # heads patched at a time, each with a copy of the prompt's keys and values
 
 
 class FunctionVector(TaskVector):
@@ -103,21 +102,20 @@ class HeadReader(Shifts):
 
 
 class HeadPatch(Shifts):
-    """Row i's head heads[i] = (layer, head) gives values[layer, head] at the last token; values (L,H,D)."""
+    """Of H equal rows in row h the layer's head h gives values[h] at the last token; values (H,D)."""
 
-    def __init__(self, heads, values):
-        self.heads = heads
+    def __init__(self, layer, values):
+        self.layer = layer
         self.values = values
 
     def after_attention(self, layer, q, k, out, lse):
-        out = out.clone()
-        for i, (patched, head) in enumerate(self.heads):
-            if patched == layer:
-                out[i, head, -1] = self.values[layer, head].to(out.dtype)
+        if layer == self.layer:
+            every = range(len(self.values))
+            out = out.clone()
+            out[every, every, -1] = self.values.to(out.dtype)
         return out
 
 
-@torch.no_grad()
 def indirect_effects(model, prompt, gold, values):
     """IE of every head for one prompt (of `Rows.inputs`, one row) and its gold token → (L,H) on the CPU."""
     L, H = values.shape[:2]
@@ -125,17 +123,15 @@ def indirect_effects(model, prompt, gold, values):
     before = KVCache(L, ids.shape[1])
     model.hidden_states(ids[:, :-1], mask[:, :-1], prompt["image_features"], cache=before)
 
-    def p(heads):                                # of the gold token, a row for each patched head
-        n = len(heads)
+    def p(n, shifts):                                            # of the gold token, in each of n rows
         cache = copy.deepcopy(before)
         cache.repeat(n)
-        states = model.hidden_states(ids[:, -1:].expand(n, 1), mask.expand(n, -1), cache=cache,
-                                     shifts=HeadPatch(heads, values))
+        last = ids[:, -1:].expand(n, 1)
+        states = model.hidden_states(last, mask.expand(n, -1), cache=cache, shifts=shifts)
         return model.lm_head(states[:, -1]).float().softmax(-1)[:, gold]
 
-    every = [(layer, head) for layer in range(L) for head in range(H)]
-    patched = torch.cat([p(heads) for heads in chunks(every, ROWS)])
-    return (patched - p([(L, 0)])).view(L, H).cpu()              # no layer is number L: nothing is patched
+    patched = torch.stack([p(H, HeadPatch(layer, values[layer])) for layer in range(L)])
+    return (patched - p(1, None)).cpu()
 
 
 def sum_of_heads(model, heads, values):

@@ -13,7 +13,6 @@ import torch.nn as nn
 
 from mimic import Adapter, mixing_weight
 from model import attention
-from support.options import number
 
 
 class HiFICL(Adapter):
@@ -42,10 +41,6 @@ class HiFICL(Adapter):
         L, H, n, rank = tensors["K_A"].shape
         return L, H, tensors["K_B"].shape[-1], n, rank
 
-    @staticmethod
-    def add_arguments(group):
-        group.add_argument("--rank", type=number(int, 1), default=8, help="of the virtual pairs (default 8)")
-
     def after_attention(self, layer, q, k, out, lse):
         """Attention over [K̂;K] from the attentions over K̂ and over K."""
         K = self.K_A[layer] @ self.K_B[layer]                                            # (H,n,D)
@@ -53,4 +48,5 @@ class HiFICL(Adapter):
         rows = (len(q), -1, -1, -1)
         virtual, log_z1 = attention(q.to(K.dtype), K.expand(rows), V.expand(rows))       # (B,H,T,D), (B,H,T)
         mu = mixing_weight(log_z1, lse).unsqueeze(-1)
-        return out + (mu * (virtual - out.to(virtual.dtype))).to(out.dtype)
+        shift = virtual - out.to(virtual.dtype)
+        return out + (mu * shift).to(out.dtype)

@@ -38,12 +38,12 @@ class LoRALinear(nn.Module):
         return y + (self.scale * (x @ self.A.T @ self.B.T)).to(y.dtype)
 
 
-def rebuilt(module, new, name=""):
-    """The module with new[name] in the place of each descendant of that name; those above it are copies."""
-    if name in new:
-        return new[name]
-    children = {n: rebuilt(m, new, f"{name}.{n}" if name else n) for n, m in module._modules.items()}
-    if all(child is module._modules[n] for n, child in children.items()):
+def rebuilt(module, new):
+    """The module with new[part] in the place of each such part; those that hold one are copies."""
+    if module in new:
+        return new[module]
+    children = {name: rebuilt(child, new) for name, child in module._modules.items()}
+    if children == module._modules:
         return module
     other = copy.copy(module)
     other._modules = children
@@ -52,7 +52,7 @@ def rebuilt(module, new, name=""):
 
 class LoRA(Adapter):
     """`model(…, shifts=lora)` needs `lora.student(model)` as model. fp32 parameters: A (r,d_in), B (d_out,r)
-    of every linear. shapes: its name, / for the dots → (*B.shape, *A.shape)."""
+    of every linear. shapes: its name, / for the dots → (d_out, d_in)."""
     defaults = {"lr": 5e-4, "lambda_align": 0.0, "lambda_ce": 1.0}
     toy_lr = 2e-3
     official = {"scope": "all"}
@@ -60,9 +60,6 @@ class LoRA(Adapter):
 
     def __init__(self, shapes, rank, alpha, dropout, targets, scope):
         super().__init__()
-        fits = all(ranks == [rank, rank] for _, *ranks, _ in shapes.values())
-        if not fits or not 0 < alpha < 1e6 or not 0 <= dropout < 1 or scope not in ("text", "all"):
-            raise ValueError(f"rank {rank}, alpha {alpha}, dropout {dropout}, scope {scope!r}")
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
@@ -71,7 +68,7 @@ class LoRA(Adapter):
         self.changes_vision = scope == "all"
         self.A = nn.ParameterDict()
         self.B = nn.ParameterDict()
-        for name, (d_out, _, _, d_in) in shapes.items():
+        for name, (d_out, d_in) in shapes.items():
             self.A[name] = nn.Parameter(torch.empty(rank, d_in).uniform_(-d_in ** -0.5, d_in ** -0.5))
             self.B[name] = nn.Parameter(torch.zeros(d_out, rank))
 
@@ -80,18 +77,17 @@ class LoRA(Adapter):
         """alpha 0 = 2·rank. targets: last part of the names of the linears, a list or one text."""
         targets = targets.split() if isinstance(targets, str) else targets
         inside = set((model if scope == "all" else model.text_model.layers).modules())
-        linears = {name.replace(".", "/"): m for name, m in model.named_modules()
-                   if isinstance(m, nn.Linear) and m in inside and name.split(".")[-1] in targets}
+        shapes = {name.replace(".", "/"): m.weight.shape for name, m in model.named_modules()
+                  if isinstance(m, nn.Linear) and m in inside and name.split(".")[-1] in targets}
         named = " ".join(targets)
-        if not linears:
+        if not shapes:
             raise InputError(f"--targets: expected names of linear layers such as q_proj, found {named}")
-        shapes = {name: (m.out_features, rank, rank, m.in_features) for name, m in linears.items()}
         return cls(shapes, rank, alpha or 2 * rank, dropout, named, scope).to(model.device)
 
     @staticmethod
     def sizes(tensors):
         names = [key[2:] for key in tensors if key.startswith("A.")]
-        return [{name: (*tensors[f"B.{name}"].shape, *tensors[f"A.{name}"].shape) for name in names}]
+        return [{name: (len(tensors[f"B.{name}"]), tensors[f"A.{name}"].shape[1]) for name in names}]
 
     @staticmethod
     def add_arguments(group):
@@ -106,7 +102,6 @@ class LoRA(Adapter):
         dropout = self.dropout if self.training else 0.0
         new = {}
         for key, A in self.A.items():
-            name = key.replace("/", ".")
-            linear = model.get_submodule(name)
-            new[name] = LoRALinear(linear, A, self.B[key], self.alpha / self.rank, dropout)
+            linear = model.get_submodule(key.replace("/", "."))
+            new[linear] = LoRALinear(linear, A, self.B[key], self.alpha / self.rank, dropout)
         return rebuilt(model, new)

@@ -38,7 +38,6 @@ from model import (
     split_heads,
 )
 from support.checkpoint import entry, read_config, sizes
-from support.files import InputError
 from support.kernels import Embedding, Linear, sdpa
 
 
@@ -64,16 +63,12 @@ class ResamplerConfig(PerceiverConfig):
 class LlamaConfig(TextConfig):
     """LLaMA-7B with two more tokens and the cross-attention blocks."""
     intermediate_size: int = 11008
-    num_key_value_heads: int = 0      # 0 = as many as heads
+    num_key_value_heads: int = 32     # as many as heads
     vocab_size: int = 32002           # the additional ones included (the file's vocab_size is without them)
     rms_norm_eps: float = 1e-6
     sliding_window: int = 0
     additional_vocab_size: int = 2
     cross_layer_interval: int = 4     # a block before the layers 0, 4, 8 …
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
 
 
 @dataclass
@@ -89,10 +84,11 @@ class Idefics1Config(Config):
         with read_config(path, "idefics") as raw:
             vision = raw.get("vision_config") or {}
             n_words = entry(raw, "vocab_size", 32000)
-            n_all = n_words + entry(raw, "additional_vocab_size", 2)
+            text = {**raw, "vocab_size": n_words + entry(raw, "additional_vocab_size", 2),
+                    "num_key_value_heads": raw.get("num_attention_heads")}
             return cls(sizes(ClipConfig, {**vision, "hidden_size": vision.get("embed_dim")}, "gelu"),
                        sizes(ResamplerConfig, raw.get("perceiver_config"), "relu"),
-                       sizes(LlamaConfig, {**raw, "vocab_size": n_all}, "silu"),
+                       sizes(LlamaConfig, text, "silu"),
                        entry(raw, "image_token_id", n_words + 1))
 
 
@@ -307,22 +303,15 @@ class Idefics1(Idefics2):
     def text_model(self):
         return self.model
 
-    def tower(self, pixel_values, pixel_mask):
-        """(N,3,H,W), (N,H,W) bool → the vision tower's last states (N,1+P,d_vision)."""
-        side = self.config.vision.image_size
-        found = tuple(pixel_values.shape[-2:])
-        if found != (side, side) or not pixel_mask.all():
-            raise InputError(f"expected pictures of {side} x {side} pixels, found {found} or padding")
-        return self.model.vision_model(pixel_values.to(self.dtype))
-
     def patches(self, pixel_values, pixel_mask):
         """→ the tower's states without the class token (N,P,d_vision), and which are picture (N,P): all."""
-        states = self.tower(pixel_values, pixel_mask)[:, 1:]
+        states = self.model.vision_model(pixel_values.to(self.dtype))[:, 1:]
         return states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
 
     def encode_images(self, pixel_values, pixel_mask):
-        """pixel_values (N,3,H,W) of one size, pixel_mask (N,H,W) all True → (N,n_latents,d_vision)."""
-        return self.model.perceiver_resampler(self.tower(pixel_values, pixel_mask))
+        """pixel_values (N,3,H,W) of the config's size, pixel_mask all True → (N,n_latents,d_vision)."""
+        states = self.model.vision_model(pixel_values.to(self.dtype))
+        return self.model.perceiver_resampler(states)
 
     def pictures(self, input_ids, image_features, cache=None):
         """What the blocks look at; None: no pictures but those in the cache."""

@@ -261,8 +261,7 @@ def test_hificl_starts_with_virtual_values_of_zero():
     assert not HiFICL(1, 2, 4, 3, 2).V_B.any() and HiFICL(1, 2, 4, 3, 2).K_B.any()
 
 
-@pytest.mark.parametrize("name, value", [("rank", "8"), ("rank", "1000000000000"), ("alpha", "nan"), ("dropout", "1"),
-                                         ("scope", "left")])
+@pytest.mark.parametrize("name, value", [("rank", "8"), ("alpha", "two")])
 def test_a_lora_file_whose_numbers_do_not_fit_is_said_in_one_line(model, name, value, tmp_path):
     LoRA.for_model(model).save(tmp_path / "lora.safetensors")
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:

@@ -380,13 +380,6 @@ def test_wrong_numbers_of_image_tokens_and_words_that_do_not_exist_are_refused(g
             golden.model(torch.tensor([[1, wrong]]), torch.ones(1, 2))
 
 
-@pytest.mark.parametrize("golden", ["i1_a"], indirect=True)
-def test_pictures_of_another_size_or_with_padding_are_refused_where_there_is_one_size(golden):
-    for pixels, mask in ((golden.pixels[..., :21], golden.mask[..., :21]), (golden.pixels, golden.mask & False)):
-        with pytest.raises(InputError, match="expected pictures of 28 x 28 pixels, found"):
-            golden.model.encode_images(pixels, mask)
-
-
 def test_a_token_looks_at_the_latest_picture_as_the_published_processor_says():
     """None before the first, none behind </s> until the next; judge: transformers' own loop, on random ids with many of both."""
     judge = processing_idefics.image_attention_mask_for_packed_input_ids

@@ -24,7 +24,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 # --- Words --------------------------------------------------------------------------------------------------
 LANGUAGES = ["English", "French", "German", "Spanish"]
 # Values are separated by bars, a word for each language. No word occurs twice, so it gives away its language.
-# Lower case and no punctuation: VQA and caption metrics normalise both, and must not change the answers.
+# Lower case and no punctuation: VQA and caption metrics normalise both, and must not change the answers. Each
+# is a token of checkpoints/tiny/tokenizer.json.
 TABLE = {
     "colour": """red rouge rot rojo | yellow jaune gelb amarillo | green vert grün verde | blue bleu blau azul
     | purple violet lila morado | pink rose rosa rosado | brown marron braun pardo
@@ -47,14 +48,6 @@ TEMPLATES = ["a {colour} {shape} {place} on {ground}",         # six words each:
              "{place} the {shape} is {colour} {ground}",
              "{ground} behind {shape} in {colour} {place}",
              "see {shape} {colour} over {ground} {place}"]
-PROMPT = ["Image:", "Caption:", "\n"]
-
-
-def vocabulary():
-    """Every token of the toy world, prompt words included, each once, in an order that never changes."""
-    said = " ".join(FORMATS + TEMPLATES).split()
-    tokens = itertools.chain(PROMPT, *QUESTIONS.values(), said, *itertools.chain(*WORDS))
-    return list(dict.fromkeys(token for token in tokens if "{" not in token))
 
 
 # --- Rules --------------------------------------------------------------------------------------------------
@@ -79,15 +72,15 @@ def is_held_out(rule):
     return int.from_bytes(digest, "little") % 6 == 0
 
 
-def random_rule(kind, rng, held_out=False):
-    """A seen rule of this kind, or a held-out one. Four words in ten are English: so a model without
-    demonstrations has a default to be wrong with. rng: np.random.Generator."""
+def random_rule(kind, rng):
+    """A rule of this kind for pre-training. Four words in ten are English: so a model without demonstrations
+    has a default to be wrong with. rng: np.random.Generator."""
     while True:
         digits = np.where(rng.random(4) < 0.4, 0, rng.integers(1, 4, 4))
         if kind == "toy":
             digits += 4 * rng.integers(len(ATTRIBUTES), size=4)
         rule = Rule(kind, (*digits.tolist(), int(rng.integers(RADIX[kind][-1]))))
-        if is_held_out(rule) == held_out:
+        if not is_held_out(rule):
             return rule
 
 
@@ -245,12 +238,12 @@ def samples(dataset, task_number, split):
     return [Record(Image.fromarray(pictures[i]), first + i, *texts[i]) for i in range(n)]
 
 
-def episodes(rng, n, length, scenes, shares=SHARES, held_out=False):
+def episodes(rng, n, length, scenes):
     """Pre-training: n episodes of `length` examples about pictures of a bank with these scenes (M,4), each
-    under one random rule, seen or held out; shares: P(kind) → picture indices (n,length) int64, and n lists
-    of `length` pairs of question (None in captions) and answer."""
-    kinds = rng.choice(list(shares), n, p=list(shares.values())).tolist()
-    rules = [random_rule(kind, rng, held_out) for kind in kinds]
+    under one random rule → picture indices (n,length) int64, and n lists of `length` pairs of question (None
+    in captions) and answer."""
+    kinds = rng.choice(list(SHARES), n, p=list(SHARES.values())).tolist()
+    rules = [random_rule(kind, rng) for kind in kinds]
     indices = rng.integers(len(scenes), size=(n, length))
     words = rng.integers(4, size=(n, length))
     said = [[text(rule, scene, word) for scene, word in zip(*both, strict=True)]
@@ -259,32 +252,27 @@ def episodes(rng, n, length, scenes, shares=SHARES, held_out=False):
 
 
 # --- Sheets of pictures -------------------------------------------------------------------------------------
-def font(size):
+def font():
     """A system font where there is one: Pillow's own has no accented letters."""
     for name in ("DejaVuSans.ttf", "Arial.ttf", "arial.ttf"):
         with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
+            return ImageFont.truetype(name, 14)
+    return ImageFont.load_default(14)
 
 
 def sheet(title, subtitle, items, cell, below):
     """items: (PIL image, question or None, answer) → PIL.Image, four items in a row, their texts under them;
     cell, below: width and height of a picture, and height of its texts, in pixels."""
-    big, small = font(16), font(13)
-    wrap = textwrap.TextWrapper(cell * 21 // 160).wrap
     rows = -(-len(items) // 4)
     page = Image.new("RGB", (4 * (cell + 14) + 14, 84 + rows * (cell + below)), "white")
     pen = ImageDraw.Draw(page)
-    pen.text((14, 10), title, "black", big)
-    pen.multiline_text((14, 34), subtitle, "#666666", small)
+    pen.font = font()
+    pen.multiline_text((14, 10), f"{title}\n{subtitle}", "black")
     for i, (image, asked, told) in enumerate(items):
         x = 14 + i % 4 * (cell + 14)
         y = 84 + i // 4 * (cell + below)
         resample = Image.Resampling.NEAREST if cell > max(image.size) else Image.Resampling.LANCZOS
         page.paste(ImageOps.contain(image, (cell, cell), resample), (x, y))
-        y += cell + 4
-        lines = wrap(asked or told)
-        pen.multiline_text((x, y), "\n".join(lines), "#888888" if asked else "black", small, spacing=3)
-        if asked:
-            pen.text((x, y + 16 * len(lines)), told, "black", big)
+        said = [*textwrap.wrap(asked or "", cell // 8), *textwrap.wrap(told, cell // 8)]
+        pen.multiline_text((x, y + cell + 4), "\n".join(said), "black")
     return page
