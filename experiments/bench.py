@@ -8,12 +8,13 @@ train     5 MimIC steps on 8 demonstrations, their queries' pictures encoded onc
 generate  9 pictures encoded; 10 tokens behind prompts whose pictures are encoded
 latency   a token, that is the prefill, and 10 tokens under MimIC; beside no shifts
 
-Weights and tokens are random (they change no time), pictures those of --pictures or noise of COCO's sizes.
+Weights are random (they change no time), questions the toy's, pictures those of --pictures or noise of COCO's
+sizes.
 Ours and the peer's alternate in one process; seconds are medians of --repeats, behind a first call of each.
 """
 
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -22,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import ANSWER, ICD, QUERY, START, Batch, Rows, Sample
+from data import TEMPLATES, Processor, collate, load, prompts
 from mimic import MimIC
 from model import Config, Idefics2, PerceiverConfig, TextConfig, VisionConfig
-from support.files import InputError, run_command
+from support.files import InputError, chunks, read_tokenizer, run_command
 from support.kernels import clock
 from support.options import Parser, number
-from support.pictures import ImageTransform, encode_images
+from support.pictures import encode_images
 from train import losses
 
 MID = Config(VisionConfig(192, 768, 7, 3), PerceiverConfig(64, 3, 8, 64, 4), TextConfig(512, 1408, 8, 8, 4))
@@ -37,59 +38,44 @@ COCO_SIZES = (640, 480), (480, 640), (640, 427), (640, 480)        # width and h
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, SHOTS, EPOCHS = 2, 8, 5         # of a training
 NEW_TOKENS = 10
+TEMPLATE = TEMPLATES["toy"]
 
 
-# ---- What is measured: a random model, pictures, prompts
+# ---- What is measured: a random model, prompts of the toy world about larger pictures
 def random_model(config, dtype=torch.float32):
+    """→ the model, and a processor of its sizes."""
+    tokenizer = read_tokenizer("checkpoints/tiny/tokenizer.json")
+    config = replace(config, image_token_id=tokenizer.token_to_id("<image>"))
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     with DEVICE:
         model = Idefics2(config)
     torch.set_default_dtype(torch.float32)
-    return model.requires_grad_(False).eval()
+    side = config.vision.image_size
+    processor = Processor(tokenizer, config, longest_edge=side, shortest_edge=min(side, 378))
+    return model.requires_grad_(False).eval(), processor
 
 
-def some_pictures(folder, n):
-    """n samples with a picture each: the folder's JPEGs, or noise."""
+def some_samples(folder, n):
+    """Of the toy world, but with the folder's JPEGs, or noise."""
     found = [Image.effect_noise(size, 99) for size in COCO_SIZES]
     if folder:
         found = sorted(Path(folder).rglob("*.jpg"))[:n]
     if not found:
         raise InputError(f"--pictures {folder}: expected JPEGs, found none")
-    return [Sample(i, found[i % len(found)], None, []) for i in range(n)]
-
-
-def random_batch(config, samples, shots):
-    """Queries behind `shots` demonstrations: random tokens, the last 3 the answer. The samples' pictures are
-    those of the examples, row by row."""
-    one = config.tokens_per_image + 20                                 # tokens of an example
-    B = len(samples) // (shots + 1)
-    random = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, 100, (B, 1 + one * (shots + 1)), generator=random)
-    ids[:, 0] = 1
-    ids[:, 1:].unflatten(1, (-1, one))[:, :, :config.tokens_per_image] = config.image_token_id
-    part = torch.full_like(ids, ICD)
-    part[:, 0] = START
-    part[:, -one:] = QUERY
-    part[:, -3:] = ANSWER
-    query = [0, *range(-one, 0)]
-    return Batch(Rows(ids, part, samples), Rows(ids[:, query], part[:, query], samples[shots::shots + 1]))
-
-
-def transform_of(model):
-    side = model.config.vision.image_size
-    return ImageTransform(side, min(side, 378))
+    samples = load("toy", "data", "train")[:n]
+    return [replace(s, image_id=i, image=found[i % len(found)]) for i, s in enumerate(samples)]
 
 
 @torch.no_grad()
-def encoded(model, samples):
+def encoded(model, processor, samples):
     """Our features of their pictures."""
-    return encode_images(model, transform_of(model), samples, {})
+    return encode_images(model, processor, samples, {})
 
 
-def pixels(model, samples, B=1):
+def pixels(processor, samples, B=1):
     """The peer's pictures, B rows of them, padded to one size: values (B,N,3,H,W), mask (B,N,H,W)."""
-    values, mask = transform_of(model).images([s.picture() for s in samples])
+    values, mask = processor.images([s.picture() for s in samples])
     return values.unflatten(0, (B, -1)).to(DEVICE), mask.unflatten(0, (B, -1)).to(DEVICE)
 
 
@@ -163,18 +149,18 @@ class OfficialStep:
         update(sum(errors) / len(errors), out.loss, self.mimic, self.optimiser)
 
 
-# ---- The benches: (model, folder of pictures) → rows of what, batch, our call, the peer's call
-def bench_train(model, folder):
-    samples = some_pictures(folder, BATCH * (SHOTS + 1))
-    batch = random_batch(model.config, samples, SHOTS)
-    features = encoded(model, samples)
+# ---- The benches: (model, processor, folder of pictures) → rows of what, batch, our call, the peer's call
+def bench_train(model, processor, folder):
+    samples = some_samples(folder, BATCH * (SHOTS + 1))
+    batch = collate(samples[:BATCH], chunks(samples[BATCH:], SHOTS), processor, TEMPLATE)
+    features = encoded(model, processor, samples)
     mimic = MimIC.for_model(model)
     optimiser = torch.optim.AdamW(mimic.parameters(), lr=1e-3)
     official_step = OfficialStep(model, MimIC.for_model(model))
-    passes = [pixels(model, rows.samples, BATCH) for rows in (batch.teacher, batch.student)]
+    passes = [pixels(processor, rows.samples, BATCH) for rows in (batch.teacher, batch.student)]
 
     def ours():
-        features.update(encoded(model, batch.student.samples))
+        features.update(encoded(model, processor, batch.student.samples))
         for _ in range(EPOCHS):
             align, ce = losses(model, mimic, batch, features)
             update(align, ce, mimic, optimiser)
@@ -186,18 +172,18 @@ def bench_train(model, folder):
     yield f"{EPOCHS} steps", BATCH, ours, peer
 
 
-def bench_generate(model, folder):
+def bench_generate(model, processor, folder):
     other = theirs(model, "sdpa")
-    samples = some_pictures(folder, SHOTS + 1)
+    samples = some_samples(folder, SHOTS + 1)
 
     def encoded_by_peer():
-        values, mask = pixels(model, samples)
+        values, mask = pixels(processor, samples)
         other.model.get_image_features(values, mask)
 
-    yield "pictures", len(samples), partial(encoded, model, samples), encoded_by_peer
-    features = encoded(model, samples)
+    yield "pictures", len(samples), partial(encoded, model, processor, samples), encoded_by_peer
+    features = encoded(model, processor, samples)
     for B, beams in (1, 1), (1, 3), (16, 1), (16, 3):
-        prompt = random_batch(model.config, samples[:1] * B, 0).student.inputs(model, features)
+        prompt = prompts(samples[:1] * B, [[]] * B, processor, TEMPLATE).inputs(model, features)
         options = {"max_new_tokens": NEW_TOKENS, "num_beams": beams, "length_penalty": 0.0}
         ours = partial(model.generate, **prompt, **options, banned_ids=[2])
         embeds = model.embed(prompt["input_ids"], prompt["image_features"])
@@ -206,12 +192,12 @@ def bench_generate(model, folder):
         yield f"{NEW_TOKENS} tokens, beams: {beams}", B, ours, peer
 
 
-def bench_latency(model, folder):
-    samples = some_pictures(folder, 1)
-    features = encoded(model, samples)
+def bench_latency(model, processor, folder):
+    samples = some_samples(folder, 1)
+    features = encoded(model, processor, samples)
     mimic = MimIC.for_model(model)
     for B in 1, 3, 16:
-        prompt = random_batch(model.config, samples * B, 0).student.inputs(model, features)
+        prompt = prompts(samples * B, [[]] * B, processor, TEMPLATE).inputs(model, features)
         for n in 1, NEW_TOKENS:
             peer = partial(model.generate, **prompt, max_new_tokens=n, banned_ids=[2])
             yield f"{n} tokens, MimIC", B, partial(peer, shifts=mimic), peer
@@ -236,7 +222,7 @@ def main(argv=None):
     args = parser.parse(argv)
     print(f"{args.size:<18}{'batch':>6}{'ours, s':>10}{'peer, s':>10}{'ratio':>8}")
     for name in args.only:
-        for what, batch, *calls in BENCHES[name](random_model(*SIZES[args.size]), args.pictures):
+        for what, batch, *calls in BENCHES[name](*random_model(*SIZES[args.size]), args.pictures):
             runs = [[seconds(call) for call in calls] for _ in range(args.repeats + 1)]
             ours, peer = map(statistics.median, zip(*runs[1:], strict=True))
             print(f"{what:<18}{batch:>6}{ours:>10.3g}{peer:>10.3g}{peer / ours:>8.2f}", flush=True)

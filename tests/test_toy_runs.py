@@ -11,6 +11,7 @@ import torch
 
 import eval as evaluation
 import train
+from data import TEMPLATES, collate
 from experiments import ablate, bench, layerwise, table
 from model import Config, PerceiverConfig, TextConfig, VisionConfig
 from support.files import InputError
@@ -121,7 +122,7 @@ def test_a_cell_is_the_mean_over_tasks_and_seeds_and_a_row_without_a_score_has_i
 def small():
     """A tiny model of random weights, for the bench."""
     return Config(VisionConfig(96, 192, 3, 4, 40, 8), PerceiverConfig(4, 1, 4, 32, 2),
-                  TextConfig(128, 352, 6, 8, 4, vocab_size=130), image_token_id=4)
+                  TextConfig(128, 352, 6, 8, 4, vocab_size=130))
 
 
 def test_bench_measures_steps_answers_and_latency(small, monkeypatch, shared, capsys):
@@ -138,7 +139,7 @@ def test_bench_measures_steps_answers_and_latency(small, monkeypatch, shared, ca
 
 def test_the_peer_of_the_bench_says_the_same_answers(small):
     """transformers around the same tensors."""
-    generate = list(bench.bench_generate(bench.random_model(small), None))[1:]
+    generate = list(bench.bench_generate(*bench.random_model(small), None))[1:]
     assert [batch for _, batch, *_ in generate] == [1, 1, 16, 16]
     for _, _, ours, peer in generate:
         assert torch.equal(ours(), peer()[:, -10:])
@@ -146,12 +147,12 @@ def test_the_peer_of_the_bench_says_the_same_answers(small):
 
 def test_the_official_step_of_the_bench_is_the_official_step(small):
     """transformers with hooks and a second q·k, on random weights, makes the gradients that --official makes here."""
-    model = bench.random_model(small)
+    model, processor = bench.random_model(small)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1) if p.ndim > 1 else None
-    samples, made = bench.some_pictures(None, 6), []
-    batch = bench.random_batch(model.config, samples, shots=2)
-    features = bench.encoded(model, samples)
+    samples, made = bench.some_samples(None, 6), []
+    batch = collate(samples[:2], [samples[2:4], samples[4:]], processor, TEMPLATES["toy"])
+    features = bench.encoded(model, processor, samples)
     for side in "ours", "peer":
         torch.manual_seed(1)
         mimic = bench.MimIC.for_model(model, z2="unmasked")
@@ -163,7 +164,7 @@ def test_the_official_step_of_the_bench_is_the_official_step(small):
         else:
             step = bench.OfficialStep(model, mimic)
             step.optimiser = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
-            step(batch, *(bench.pixels(model, rows.samples, 2) for rows in (batch.teacher, batch.student)))
+            step(batch, *(bench.pixels(processor, rows.samples, 2) for rows in (batch.teacher, batch.student)))
         made.append([p.grad for p in mimic.parameters()])
     for ours, peer in zip(*made, strict=True):
         torch.testing.assert_close(ours, peer, rtol=1e-3, atol=1e-5)
