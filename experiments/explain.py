@@ -1,23 +1,17 @@
 """Pictures of what demonstrations do inside the attention, and of what a trained MimIC makes of it.
 
-    python -m experiments.explain                # of the toy runs, which are made first if they are not there
-    python -m experiments.explain --out docs     # those of the README and the lesson
-    python -m experiments.explain --run runs/okvqa --beside runs/okvqa-live --queries 16 --only distance loss
+    python -m experiments.explain                # of runs/toy, which train.py makes
+    python -m experiments.explain --run runs/okvqa --beside runs/okvqa-live --queries 16
 
-grid            questions with the answers of the methods
-mu              the true μ and MimIC's μ̃, layer by head, and μ̃ at every token of one query
 approximation   does the paper's hold? f(q) against the true log Z1, μ̃·v against the true shift, head by head
+mu              the true μ and MimIC's μ̃, layer by head, and μ̃ at every token of one query
 distance        how far the states of every layer are from those with demonstrations
-loss            the losses of the training, and the dev score
-cost            accuracy against shots, and against milliseconds a query (runs with --compare, as the toy's)
 
 True is what the identity says (mimic.py), at the teacher's own queries: Z1 over its demonstrations' keys, the
 shift μ·(SA(q,K_D,V_D) − SA(q,K,V)); the mean over several draws of demonstrations, for nothing that is added
 whatever they are can do better. Needs matplotlib. The numbers behind the pictures are printed.
 """
 
-import csv
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +21,12 @@ from tqdm import tqdm
 import baselines
 import eval as evaluation
 import models
-import train
 from data import DATASETS, ICD, INSTRUCTION, QUERY, collate, draw, encode_images, load, train_dev
-from experiments import layerwise
+from experiments.layerwise import f_of, start_f
 from mimic import Recorder, mixing_weight
 from model import KVCache, attention, causal_mask
-from support.files import InputError, chunks, make_folder, run_command
-from support.kernels import keep_freed
+from support.files import InputError, chunks, make_folder, reading, run_command
 from support.options import Parser, number, read_run
-from support.results import read_predictions, read_rows
-
-RUNS = {"runs/toy": ["train.py"], "runs/toy-live": ["train.py", "--method", "live", "--compare"],
-        "runs/toy-layerwise": ["-m experiments.layerwise"]}            # how each is made
-NAMES = {"runs/toy-live": "LIVE", "runs/toy-layerwise": "MimIC, fitted"}
-FIGURES = ("grid", "mu", "approximation", "distance", "loss", "cost")
 
 
 # ---- What happens inside
@@ -158,8 +144,8 @@ def approximation(layers, vector):
         x = {name: y[half:] for name, y in x.items()}
         centre = x["true_log_z1"].mean(0)
         log_z1 = x["true_log_z1"] - centre
-        fitted = layerwise.start_f(first["q"].transpose(0, 1).contiguous(), first["true_log_z1"])
-        best_f = layerwise.f_of(*fitted, x["q"].transpose(0, 1))
+        fitted = start_f(first["q"].transpose(0, 1).contiguous(), first["true_log_z1"])
+        best_f = f_of(*fitted, x["q"].transpose(0, 1))
         mu = first["true_mu"].unsqueeze(-1)
         best_v = (mu * first["true_shift"]).sum(0) / mu.pow(2).sum(0)                                # (H,D)
         shift = x["true_shift"]
@@ -196,38 +182,27 @@ def distances(model, adapters, batches, features):
 
 
 # ---- From the runs
-def open_run(folder):
-    """→ the arguments of a run, after one of RUNS has been made if need be. Raises InputError."""
-    if folder in RUNS and not (Path(folder) / "args.json").exists():
-        program, *words = RUNS[folder]
-        print(f"{folder}: not there yet, python {' '.join(RUNS[folder])}")
-        (train if program == "train.py" else layerwise).main(["--out", folder, *words])
-    run, _ = evaluation.parse(["--run", folder])
-    run.shots = read_run(folder, baselines.adapters()).get("shots") or 8
-    return run
+def open_adapter(folder, model):
+    """→ the adapter of a run. Raises InputError for one whose states cannot be compared token by token."""
+    method = read_run(folder, baselines.adapters())["method"]
+    adapter = baselines.load_adapter(Path(folder) / f"{method}.safetensors", method, model)
+    if method in ("stave", "prompt-tuning") or adapter.changes_vision:
+        raise InputError(f"{folder}: expected a method that leaves prompt and image features as they are, "
+                         f"found {method}")
+    return adapter
 
 
-def open_adapters(folders, only, model):
-    """→ the adapters of the runs {name: Shifts}. Raises InputError for one that distances cannot show."""
-    found = {"zero-shot": None}
-    for folder, name in folders.items():
-        method = open_run(folder).method
-        found[name] = baselines.load_adapter(Path(folder) / f"{method}.safetensors", method, model)
-        if "distance" in only and (method in ("stave", "prompt-tuning") or found[name].changes_vision):
-            raise InputError(f"--beside {folder}: expected, for distance, a method that leaves prompt and "
-                             f"image features as they are, found {method}")
+def draw_batches(run, model, processor, samples, shots, draws, features):
+    """→ for every ten queries a list of Batch, each with another draw of ICDs; fills the features."""
+    pool, _ = train_dev(run.dataset, run.data, run.samples, run.dev_samples, run.seed, run.task)
+    _, template = evaluation.sayer(run, model, processor)
+    found = []
+    for queries in chunks(samples, 10):
+        icds = [draw(pool, queries, shots, f"{run.seed}-{n}") for n in range(draws)]
+        found.append([collate(queries, shown, processor, template) for shown in icds])
+        for batch in found[-1]:
+            encode_images(model, processor, batch.teacher.samples, features)
     return found
-
-
-def grid_items(predictions, shots, samples, n):
-    """The first n samples that zero-shot gets wrong, with what each method said."""
-    names = {"zero-shot": ("zero-shot", 0), f"{shots}-shot": ("icl", shots), "MimIC": ("mimic", 0)}
-    said = {s.id: {} for s in samples}
-    for p in predictions:
-        said.get(p["id"], {})[p["method"], p["shots"]] = p
-    by_name = [{name: said[s.id][key] for name, key in names.items() if key in said[s.id]} for s in samples]
-    return [(s, by) for s, by in zip(samples, by_name, strict=True)
-            if by and by.get("zero-shot", {}).get("score", 0) == 0][:n]
 
 
 def print_approximation(found, layers):
@@ -242,99 +217,53 @@ def print_approximation(found, layers):
               f"{high:.0f} %")
 
 
-def parse(argv):
+def main(argv=None):
     parser = Parser(__doc__, "python -m experiments.explain")
     add = parser.add_argument
     add("--run", default="runs/toy", metavar="FOLDER", help="of train.py, method mimic (default %(default)s)")
-    add("--beside", nargs="*", metavar="FOLDER",
-        help="runs on the same data, for distance and loss (default on the toy: LIVE's and the fitted)")
-    add("--only", nargs="+", choices=FIGURES, default=FIGURES, help="(default: all)")
+    add("--beside", nargs="*", default=[], metavar="FOLDER", help="runs on the same data, for distance")
     add("--queries", type=number(int, 2), default=100,
         help="to look inside (default %(default)s); takes 4·L·H·(3D+4) bytes for every token of theirs")
-    add("--draws", type=number(int, 1), default=5, help="of demonstrations for a query (default %(default)s)")
+    add("--draws", type=number(int, 2), default=5, help="of demonstrations for a query (default %(default)s)")
     add("--out", default="figures", metavar="FOLDER", help="gets FIGURE.png (default %(default)s)")
     args = parser.parse(argv)
-    if not importlib.util.find_spec("matplotlib"):
-        raise InputError("experiments.explain: expected matplotlib (pip install matplotlib), found none")
-    if args.beside is None:
-        args.beside = list(NAMES) if args.run == "runs/toy" else []
-    return args
-
-
-def draw_batches(run, model, processor, samples, draws, features):
-    """→ for every ten queries a list of Batch, each with another draw of ICDs; fills the features."""
-    pool, _ = train_dev(run.dataset, run.data, run.samples, run.dev_samples, run.seed, run.task)
-    _, template = evaluation.sayer(run, model, processor)
-    found = []
-    for queries in chunks(samples, 10):
-        icds = [draw(pool, queries, run.shots, f"{run.seed}-{n}") for n in range(draws)]
-        found.append([collate(queries, shown, processor, template) for shown in icds])
-        for batch in found[-1]:
-            encode_images(model, processor, batch.teacher.samples, features)
-    return found
-
-
-def main(argv=None):
-    args = parse(argv)
-    from experiments import figures
+    with reading("experiments.explain", "matplotlib (pip install matplotlib)"):
+        from experiments import figures
     out = Path(args.out)
 
-    # 1. The runs, their model, their adapters
-    run = open_run(args.run)
-    if run.method != "mimic":
-        raise InputError(f"--run {args.run}: expected a run of --method mimic, found {run.method}")
-    folders = {folder: NAMES.get(folder, Path(folder).name) for folder in args.beside} | {args.run: "MimIC"}
+    # 1. The run, its model, the adapters
+    shots = read_run(args.run, ["mimic"]).get("shots") or 8
+    run, _ = evaluation.parse(["--run", args.run])
     model, processor = models.load_model(run.model, run.device, run.dtype)
-    adapters = open_adapters(folders, args.only, model)
-    mimic = adapters["MimIC"]
-    task = DATASETS[run.dataset]
-    samples = load(run.dataset, run.data, task.eval_split, run.task)
+    mimic = open_adapter(args.run, model)
+    beside = {folder: open_adapter(folder, model) for folder in args.beside}
+    samples = load(run.dataset, run.data, DATASETS[run.dataset].eval_split, run.task)
     make_folder(out)
 
     # 2. What happens inside
-    look_inside = "mu" in args.only or "approximation" in args.only
     features = {}
-    if look_inside or "distance" in args.only:
-        draws = args.draws if look_inside else 1
-        batches = draw_batches(run, model, processor, samples[:args.queries], draws, features)
-    if look_inside:
-        layers = look(model, mimic, batches, features)
+    batches = draw_batches(run, model, processor, samples[:args.queries], shots, args.draws, features)
+    layers = look(model, mimic, batches, features)
 
     # 3. Numbers and pictures
-    if "approximation" in args.only:
-        found = approximation(layers, mimic.vector.detach().float().cpu())
-        if args.draws > 1:
-            found["share common to all draws"] = np.array([common(x, args.draws).item() for x in layers])
-        print(f"{run.dataset}, {len(layers[0]['f']):,} tokens, mean of {args.draws} draws of demonstrations")
-        print_approximation(found, layers)
-        figures.drawn(out / "approximation.png", 8.2, figures.approximation, found)
-    if "mu" in args.only:
-        student = batches[0][0].student
-        ids = student.input_ids[0, student.part[0] >= QUERY].tolist()
-        words = [str(processor.tokenizer.id_to_token(i)).replace("\n", "\\n") for i in ids]
-        words = [word.replace("<fake_token_around_image>", "<fake>") for word in words]
-        figures.drawn(out / "mu.png", 6.4, figures.mu, layers, words, samples[0])
-    if "distance" in args.only:
-        found = distances(model, adapters, [draws[0] for draws in batches], features)
-        title = f"mean distance from the {run.shots}-shot states, after layer"
-        print(title + "".join(f"{i:>8}" for i in range(len(mimic.vector))))
-        for name, values in found.items():
-            print(f"  {name:<44}" + " ".join(f"{x:>7.2f}" for x in values))
-        figures.drawn(out / "distance.png", 3.2, figures.distance, found, run.shots)
-    if "loss" in args.only:
-        logs = {name: Path(folder) / "log.csv" for folder, name in ({args.run: "MimIC"} | folders).items()}
-        logs = {name: list(csv.DictReader(path.open())) for name, path in logs.items() if path.exists()}
-        figures.drawn(out / "loss.png", 4.6, figures.loss, logs)
-    rows = read_rows(Path(args.run) / "results.json")
-    if "cost" in args.only and len(rows) > 2 and any(r["method"] == "mimic" for r in rows):
-        figures.drawn(out / "cost.png", 5.6, figures.cost, rows, task.metric)
-    said = [p for p in read_predictions(Path(args.run) / "predictions.jsonl") if p["dataset"] == run.dataset]
-    items = grid_items(said, run.shots, samples, 5)
-    if "grid" in args.only and items:
-        figures.drawn(out / "grid.png", 1.25 * len(items), figures.grid, items)
-    print(f"{out}: " + ", ".join(args.only))
+    found = approximation(layers, mimic.vector.detach().float().cpu())
+    found["share common to all draws"] = np.array([common(x, args.draws).item() for x in layers])
+    print(f"{run.dataset}, {len(layers[0]['f']):,} tokens, mean of {args.draws} draws of demonstrations")
+    print_approximation(found, layers)
+    figures.drawn(out / "approximation.png", 8.2, figures.approximation, found)
+
+    first = batches[0][0].student
+    ids = first.input_ids[0, first.part[0] >= QUERY].tolist()
+    words = [repr(processor.tokenizer.id_to_token(i))[1:-1] for i in ids]
+    figures.drawn(out / "mu.png", 6.4, figures.mu, layers, [word[:12] for word in words])
+
+    adapters = {"zero-shot": None, **beside, "MimIC": mimic}
+    found = distances(model, adapters, [draws[0] for draws in batches], features)
+    print(f"mean distance from the {shots}-shot states, layer by layer")
+    for name, values in found.items():
+        print(f"  {name:<28}" + "".join(f"{x:>8.2f}" for x in values))
+    figures.drawn(out / "distance.png", 3.2, figures.distance, found, shots)
 
 
 if __name__ == "__main__":
-    keep_freed()
     run_command(main)

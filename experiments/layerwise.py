@@ -187,16 +187,8 @@ def fit_layer(mimic, layer, q, log_z1, log_z2, delta, w_o):
 
 
 # ---- All layers
-def kept_tokens(batch, tokens):
-    """(B,T_q) bool: where the fit looks: "all" of query and answer, "text" (no image tokens), or "answer"."""
-    if tokens == "answer":
-        return batch.answer[:, -batch.T_q:]
-    is_image = torch.isin(batch.student.input_ids, torch.tensor(batch.student.processor.image_ids))
-    return batch.align & ~is_image[:, -batch.T_q:] if tokens == "text" else batch.align
-
-
 @torch.no_grad()
-def fit(model, mimic, drawn, features, tokens="all"):
+def fit(model, mimic, drawn, features):
     """Fits every layer of `mimic`, which is on the model's device → the share of Δ that each layer explains.
     drawn: lists of Batch, each the same queries with other demonstrations; features: of `encode_images`."""
     def embed(rows):
@@ -211,7 +203,7 @@ def fit(model, mimic, drawn, features, tokens="all"):
         found = []
         for c, batches in enumerate(drawn):
             # 1. Teacher: the mean over its draws.
-            kept = kept_tokens(batches[0], tokens).to(model.device)
+            kept = batches[0].align.to(model.device)
             T_q = batches[0].T_q
             h_T = z1 = 0.0
             for n, batch in enumerate(batches):
@@ -249,8 +241,6 @@ def main(argv=None):
     add("--shots", type=number(int, 1), help="demonstrations of the teacher (default: as in train.py)")
     add("--draws", type=number(int, 0), default=0, metavar="N",
         help="sets of demonstrations that a query meets (default: 1,000 / samples, 10 at most)")
-    add("--tokens", choices=("all", "text", "answer"), default="all",
-        help="where the fit looks: query and answer (default), these without image tokens, or the answer")
     add("--mu", dest="mu_of", choices=("head", "one"), default="head",
         help="one μ̃ a head (default), or μ̃ = 1, the vectors alone")
     parser.set_defaults(method="mimic", z2="masked", compare=[])
@@ -279,7 +269,7 @@ def main(argv=None):
         sets = [draw(samples, queries, args.shots, f"{args.seed}-{n}") for n in range(draws)]
         drawn.append([collate(queries, icds, processor, template) for icds in sets])
     with fits_into_memory("--samples", len(samples)):
-        shares = fit(model, mimic, drawn, features, args.tokens)
+        shares = fit(model, mimic, drawn, features)
     seconds = time.perf_counter() - began
     print("explained of the shift, layer by layer: " + " ".join(f"{x:.2f}" for x in shares))
     mimic.save(folder / "mimic.safetensors", method=args.method, model=Path(args.model).resolve().name,

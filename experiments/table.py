@@ -3,18 +3,15 @@
     python -m experiments.table                                  # both toys, three seeds
     python -m experiments.table --dataset okvqa --model FOLDER --data FOLDER --limit 500 --seeds 0
 
---out gets table.md and a folder a run. What is there is not made again, so an interrupted table
-goes on. Options that train.py and eval.py share (--limit, --samples, --num-beams …) are passed on to every
-run. Scores are mean ± standard deviation over tasks and seeds; the dev split chooses the epoch.
+--out gets table.md and a folder a run. What is there is not made again: an interrupted table goes on, and
+several terminals may make a seed each before one asks for all. Options that train.py and eval.py share
+(--limit, --samples, --num-beams …) are passed on to every run. Scores are mean ± standard deviation over
+tasks and seeds; the dev split chooses the epoch.
 """
 
-import multiprocessing
 import os
 import statistics
-import threading
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -65,24 +62,12 @@ def run(rows, options, folder, name, task, seed):
     return read_rows(out / "results.json")[-1]
 
 
-def end_with_parent():
-    """A worker ends with a command that was killed: where it writes, the command's next call goes on."""
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def run_all(rows, dataset, args, options):
-    """→ {row: what `run` gives for every task and seed}, `args.workers` runs at a time. Raises InputError if
-    none has a score.  rows: row → command; options: of every run."""
-    workers = args.workers or (os.cpu_count() if DATASETS[dataset].toy else 1)
-    jobs = list(product(rows, args.tasks, args.seeds))
-    run_one = partial(run, rows, [*options, "--dataset", dataset], f"{args.out}/{dataset}")
-    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
-        making = pool.map(run_one, *zip(*jobs, strict=True))
-        found = list(tqdm(making, total=len(jobs), desc=dataset, unit="run"))
+    """→ {row: what `run` gives for every task and seed}. Raises InputError if none has a score.  rows: row →
+    command; options: of every run."""
+    options = [*options, "--dataset", dataset]
+    jobs = tqdm(list(product(rows, args.tasks, args.seeds)), desc=dataset, unit="run")
+    found = [run(rows, options, f"{args.out}/{dataset}", *job) for job in jobs]
     if all("reason" in r for r in found):
         raise InputError(found[0]["reason"])
     per_row = len(args.tasks) * len(args.seeds)
@@ -90,33 +75,33 @@ def run_all(rows, dataset, args, options):
 
 
 # ---- One table
+def spread(runs):
+    """Mean ± standard deviation of their scores."""
+    scores = [r["score"] for r in runs]
+    return f"{statistics.fmean(scores):.1f} ± {statistics.pstdev(scores):.1f}" if runs else "–"
+
+
 def compare(rows, datasets, args, options):
-    """A row a command, on datasets of different metrics → what the rows say. One without a score has its
+    """A row a command, on datasets of different metrics → the table's cells. A row without a score has its
     reason below the table."""
     found = {DATASETS[d].metric: run_all(rows, d, args, options) for d in datasets}
-    lines = [["method", "parameters", *map(METRICS.get, found), "prompt tokens", "ms / query", "train s"]]
-    means = []
+    table = [["method", "parameters", *map(METRICS.get, found), "prompt tokens", "ms / query", "train s"]]
+    table.append(["---"] * len(table[0]))
     reasons = []
     for name in rows:
-        row = {"method": name}
-        scores = []
-        for metric, by_name in found.items():
-            reasons += [f"{name}: {r['reason']}" for r in by_name[name] if "reason" in r][:1]
-            runs = [r for r in by_name[name] if r["score"] is not None]
-            if runs:
-                row[metric] = statistics.fmean(r["score"] for r in runs)
-                row[f"{metric}_sd"] = statistics.pstdev(r["score"] for r in runs)
-                row = {key: statistics.mean(r[key] for r in runs) for key in COSTS} | row
-            scores.append(f"{row[metric]:.1f} ± {row[metric + '_sd']:.1f}" if runs else "–")
-        means.append(row)
-        parameters, *costs = (format(row[key], form) if key in row else "–" for key, form in COSTS.items())
-        lines.append([name, parameters, *scores, *costs])
-    lines.insert(1, ["---"] * len(lines[0]))
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        made = [by_name[name] for by_name in found.values()]
+        for runs in made:
+            reasons += [f"{name}: {r['reason']}" for r in runs if "reason" in r][:1]
+        scored = [[r for r in runs if r["score"] is not None] for runs in made]
+        first = next(filter(None, scored), [])
+        parameters, *costs = [format(statistics.mean(r[key] for r in first), form) if first else "–"
+                              for key, form in COSTS.items()]
+        table.append([name, parameters, *map(spread, scored), *costs])
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
     text = "\n".join([text, "", *reasons]).rstrip() + "\n"
     write_text(f"{args.out}/table.md", text)
     print(text)
-    return means
+    return table
 
 
 def parse(parser, argv, tasks):
@@ -127,7 +112,6 @@ def parse(parser, argv, tasks):
     add("--tasks", "--task", type=number(int, 0), nargs="+", default=tasks, metavar="N",
         help=f"hidden rules of the toy (default {' '.join(map(str, tasks))})")
     add("--seeds", "--seed", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default 0 1 2)")
-    add("--workers", type=number(int, 1), help="runs at a time (default: of toys one a core, else 1)")
     add("--out", default=f"runs/{parser.prog.split('.')[-1]}", metavar="FOLDER", help="(default %(default)s)")
     args, options = parser.parse_known_args(argv)
     shared = Parser(__doc__, parser.prog)

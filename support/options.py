@@ -16,7 +16,6 @@ MOVED = {                         # an option of earlier versions → what does 
     "--score": "python -m tools.score FILE",
     "--chair": "python -m tools.score FILE --chair SYNONYMS",
     "--fit": "python -m experiments.layerwise",
-    "--fit-tokens": "python -m experiments.layerwise --tokens",
     "--restore-shots": "--shots",
     "--order": "eval.py --method rices-first",
 }

@@ -189,12 +189,12 @@ def test_least_squares_sees_several_draws_only_through_their_mean():
 
 
 # ---- The whole fit
-def run_fit(model, mu_of="head", tokens="all"):
+def run_fit(model, mu_of="head"):
     """Four batches of queries, each behind two draws of demonstrations."""
     mimic, (per_picture, features) = MimIC(3, 4, 16, mu_of=mu_of), pictured(model)
     first = [batch(seed=2 * c, per_picture=per_picture) for c in range(4)]
     drawn = [[b, batch(seed=2 * c + 1, per_picture=per_picture, asked=b)] for c, b in enumerate(first)]
-    return mimic, layerwise.fit(model, mimic, drawn, features, tokens)
+    return mimic, layerwise.fit(model, mimic, drawn, features)
 
 
 def test_every_layer_explains_a_share_and_a_constant_shift_a_smaller_one(model):
@@ -208,12 +208,10 @@ def test_the_same_samples_give_the_same_bytes(model):
         assert torch.equal(a, b)
 
 
-def test_image_tokens_may_be_kept_or_left_out(model, monkeypatch):
+def test_every_token_of_query_and_answer_is_fitted_image_tokens_too(model, monkeypatch):
     counted = []
     real = layerwise.fit_layer
     monkeypatch.setattr(layerwise, "fit_layer",
                         lambda m, layer, q, *rest: (counted.append(q.shape[1]), real(m, layer, q, *rest))[1])
-    for tokens in "all", "text", "answer":
-        run_fit(model, tokens=tokens)
-    every, text, answer = counted[0], counted[3], counted[6]
-    assert (every, text, answer) == (4 * 2 * 5, 4 * 2 * (5 - pictured(model)[0]), 4 * 2 * 2)
+    run_fit(model)
+    assert counted == [4 * 2 * 5] * 3

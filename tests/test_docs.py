@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from experiments import explain
+import train
+from experiments import explain, layerwise
 from support.files import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -42,27 +43,27 @@ def missing(quoted, printed, numbers):
 
 @pytest.fixture
 def scratch(tmp_path, monkeypatch):
-    """An empty folder with the checkpoint, to run commands in; short runs in the place of explain.py's."""
+    """A folder with the checkpoint and short runs of what the lesson asks for before it, to run commands in."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").symlink_to(REPOSITORY / "checkpoints")
-    short = {"train.py": SHORT, "-m experiments.layerwise": [w for w in SHORT if w not in ("--epochs", "1")]}
-    runs = {folder: [*words, *short[words[0]]] for folder, words in explain.RUNS.items()}
-    monkeypatch.setattr(explain, "RUNS", runs)
+    train.main(["--method", "live", "--compare", *SHORT])
+    layerwise.main([w for w in SHORT if w not in ("--epochs", "1")])
     return tmp_path
 
 
 def test_every_python_command_prints_what_the_lesson_says_and_every_picture_is_made(scratch, capsys):
     """train.py and experiments.explain on few samples: there the lines have to be right, elsewhere the numbers too."""
+    capsys.readouterr()
     for command, quoted in COMMANDS:
         program, script, *words = shlex.split(command.replace("python -m ", "python "))
         if program == "python":
             importlib.import_module(script.removesuffix(".py")).main([*words, *SMALL.get(script, [])])
             assert missing(quoted, capsys.readouterr().out, script not in SMALL) == [], command
-    for name in explain.FIGURES:
+    for name in "approximation", "mu", "distance":
         made, kept = (Image.open(folder / f"{name}.png") for folder in (scratch / "figures", REPOSITORY / "docs"))
         assert made.size == kept.size and made.width == 640 and len(made.convert("RGB").getcolors()) > 8, name
         assert 3_000 < (REPOSITORY / f"docs/{name}.png").stat().st_size < 60_000
-    with pytest.raises(InputError, match="expected a run of --method mimic, found live"):
+    with pytest.raises(InputError, match="expected the arguments of a run .*, found: --method 'live'"):
         explain.main(["--run", "runs/toy-live"])
 
 

@@ -160,17 +160,16 @@ def test_a_run_of_another_machine_is_opened_on_this_one(tmp_path):
     train.main(["--samples", "12", "--epochs", "1", "--limit", "2", "--shots", "1", "--compare", "--out", str(tmp_path)])
     about = json.loads((tmp_path / "args.json").read_text())
     (tmp_path / "args.json").write_text(json.dumps({**about, "device": "cuda:7"}))
-    explain.main(["--run", str(tmp_path), "--only", "distance", "cost", "--queries", "2", "--out", str(tmp_path / "figures")])
-    assert [p.name for p in (tmp_path / "figures").iterdir()] == ["distance.png"]       # one row of results makes no curve
+    explain.main(["--run", str(tmp_path), "--queries", "2", "--draws", "2", "--out", str(tmp_path / "figures")])
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["approximation.png", "distance.png", "mu.png"]
 
 
 @pytest.mark.parametrize("method", ["stave", "prompt-tuning"])
 def test_a_run_that_reads_another_prompt_is_refused_beside(tmp_path, method):
     for name in "mimic", method:
         train.main(["--method", name, "--samples", "12", "--epochs", "1", "--limit", "2", "--out", str(tmp_path / name)])
-    with pytest.raises(InputError, match=f"--beside .*: expected, for distance, .*, found {method}"):
-        explain.main(["--run", str(tmp_path / "mimic"), "--beside", str(tmp_path / method), "--only", "distance",
-                      "--out", str(tmp_path / "figures")])
+    with pytest.raises(InputError, match=f"{tmp_path / method}: expected a method that leaves prompt .*, found {method}"):
+        explain.main(["--run", str(tmp_path / "mimic"), "--beside", str(tmp_path / method), "--out", str(tmp_path / "figures")])
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"method": "icl"}', '{"method": []}'])

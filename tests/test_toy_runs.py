@@ -1,15 +1,21 @@
 """What a trained model has to show, on the tiny checkpoint: short runs of the commands on rules it has never seen."""
 
 import json
+import re
+import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import eval as evaluation
 import train
+from data import TEMPLATES, collate
 from experiments import ablate, bench, layerwise, table
+from model import Config, PerceiverConfig, TextConfig, VisionConfig
 from support.files import InputError
+from support.results import read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -87,11 +93,12 @@ def test_every_row_of_the_tables_is_a_command_that_is_understood(monkeypatch):
 def test_the_table_is_written_and_not_made_twice(tmp_path, monkeypatch):
     """Three rows, one seed, few samples: the others are made alike."""
     monkeypatch.setattr(table, "METHODS", {"zero-shot": "eval", "MimIC": "train --epochs 1 --shots 2", "fit": "fit --shots 2"})
-    words = ["--seeds", "0", "--workers", "1", "--out", str(tmp_path), "--samples", "12", "--limit", "10", "--dev-samples", "4"]
+    words = ["--seeds", "0", "--out", str(tmp_path), "--samples", "12", "--limit", "10", "--dev-samples", "4"]
     rows = table.main(words)
-    assert [(r["method"], r["parameters"]) for r in rows] == [("zero-shot", 0), ("MimIC", 1584), ("fit", 1584)]
+    assert [row[:2] for row in rows[2:]] == [["zero-shot", "0"], ["MimIC", "1,584"], ["fit", "1,584"]]
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert lines[2].startswith(f"| zero-shot | 0 | {rows[0]['vqa_accuracy']:.1f} ± 0.0 | ") and len(lines) == 5
+    accuracy = read_rows(tmp_path / "toy/zero-shot/task0-seed0/results.json")[0]["score"]
+    assert lines[2].startswith(f"| zero-shot | 0 | {accuracy:.1f} ± 0.0 | ") and len(lines) == 5
     done = [p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("results.json"))]
     assert table.main(words) == rows
     assert len(done) == 6 and done == [p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("results.json"))]
@@ -99,34 +106,53 @@ def test_the_table_is_written_and_not_made_twice(tmp_path, monkeypatch):
         table.main([*words, "--shots", "5"])
 
 
-def test_ablate_draws_the_curves_of_its_table(tmp_path, monkeypatch):
-    for name, value in ("N", (6, 8)), ("CURVES", {"fit": ""}):
-        monkeypatch.setattr(ablate, name, value)
-    monkeypatch.setitem(ablate.GROUPS, "samples", {"8-shot ICL": "eval --shots 8", "fit, 6": "fit", "fit, 8": "eval"})
-    ablate.main(["samples", "--task", "0", "--seed", "0", "--samples", "12", "--limit", "5", "--dev-samples", "2",
-                 "--out", str(tmp_path), "--figure", str(tmp_path / "curves.png")])
-    assert (tmp_path / "curves.png").stat().st_size > 5000 and (tmp_path / "samples/table.md").exists()
+def test_a_cell_is_the_mean_over_tasks_and_seeds_and_a_row_without_a_score_has_its_reason(tmp_path, monkeypatch):
+    rows = {"8-shot ICL": "eval --shots 8", "fit": "fit", "none": "train --method hificl --official"}
+    monkeypatch.setitem(ablate.GROUPS, "samples", rows)
+    table = ablate.main(["samples", "--tasks", "0", "1", "--seeds", "0", "1", "--samples", "12", "--limit", "5", "--dev-samples",
+                         "2", "--out", str(tmp_path)])
+    scores = [read_rows(p)[0]["score"] for p in tmp_path.glob("samples/toy/8-shot-ICL/*/results.json")]
+    assert len(scores) == 4
+    assert table[2][2] == f"{statistics.fmean(scores):.1f} ± {statistics.pstdev(scores):.1f}"
+    assert table[4] == ["none", "–", "–", "–", "–", "–"]
+    assert (tmp_path / "samples/table.md").read_text().splitlines()[-1].startswith("none: --official: expected a method")
 
 
-def test_bench_measures_steps_answers_and_latency(tmp_path):
-    """The peer, transformers around the same tensors, says the same answers, and its step moves the same adapter."""
-    rows = bench.main(["--size", "toy", "--repeats", "1", "--out", str(tmp_path / "bench.json")])
-    assert json.loads((tmp_path / "bench.json").read_text()) == rows
-    assert {r["what"] for r in rows} == {"train_step", "train_step_shared", "generate", "encode", "mimic_prefill", "mimic_decode",
-                                         "live_prefill", "live_decode"}
-    for r in rows:
-        assert r["ours_s"] > 0 and r["ratio"] == pytest.approx(r["peer_s"] / r["ours_s"]) and r["device"] == bench.DEVICE.type
-    assert all(f"{r['batch']} of {r['batch']} answers equal" in r["about"] for r in rows if r["what"] == "generate")
+@pytest.fixture(scope="module")
+def small():
+    """A tiny model of random weights, for the bench."""
+    return Config(VisionConfig(96, 192, 3, 4, 40, 8), PerceiverConfig(4, 1, 4, 32, 2),
+                  TextConfig(128, 352, 6, 8, 4, vocab_size=130))
 
 
-def test_the_official_step_of_the_bench_is_the_official_step():
+def test_bench_measures_steps_answers_and_latency(small, monkeypatch, shared, capsys):
+    monkeypatch.setitem(bench.SIZES, "mid", (small, torch.float32))
+    bench.main(["--repeats", "1", "--pictures", str(shared / "data")])
+    lines = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [line[0] for line in lines] == ["5 steps", "pictures", *(f"10 tokens, beams: {n}" for n in (1, 3, 1, 3)),
+                                           *(f"{n} tokens, MimIC" for n in (1, 10, 1, 10, 1, 10))]
+    for _, _, ours, peer, ratio in lines:
+        assert float(ours) > 0 and float(ratio) == pytest.approx(float(peer) / float(ours), rel=0.05, abs=0.01)
+    with pytest.raises(InputError, match="--pictures .*: expected JPEGs, found none"):
+        bench.main(["--pictures", str(REPOSITORY / "tests")])
+
+
+def test_the_peer_of_the_bench_says_the_same_answers(small):
+    """transformers around the same tensors."""
+    generate = list(bench.bench_generate(*bench.random_model(small), None))[1:]
+    assert [batch for _, batch, *_ in generate] == [1, 1, 16, 16]
+    for _, _, ours, peer in generate:
+        assert torch.equal(ours(), peer()[:, -10:])
+
+
+def test_the_official_step_of_the_bench_is_the_official_step(small):
     """transformers with hooks and a second q·k, on random weights, makes the gradients that --official makes here."""
-    model = bench.random_model(bench.TOY)
+    model, processor = bench.random_model(small)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1) if p.ndim > 1 else None
-    batch, made = bench.random_batch(model.config, 2, shots=2), []
-    images = [torch.randn(3, 40, 40) for _ in range(6)]
-    features = bench.encoded(model, images)
+    samples, made = bench.some_samples(None, 6), []
+    batch = collate(samples[:2], [samples[2:4], samples[4:]], processor, TEMPLATES["toy"])
+    features = bench.encoded(model, processor, samples)
     for side in "ours", "peer":
         torch.manual_seed(1)
         mimic = bench.MimIC.for_model(model, z2="unmasked")
@@ -137,8 +163,8 @@ def test_the_official_step_of_the_bench_is_the_official_step():
             torch.nn.utils.clip_grad_norm_(mimic.parameters(), 1.0)
         else:
             step = bench.OfficialStep(model, mimic)
-            step.optimiser = bench.SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
-            step(batch, images)
+            step.optimiser = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
+            step(batch, *(bench.pixels(processor, rows.samples, 2) for rows in (batch.teacher, batch.student)))
         made.append([p.grad for p in mimic.parameters()])
     for ours, peer in zip(*made, strict=True):
         torch.testing.assert_close(ours, peer, rtol=1e-3, atol=1e-5)
