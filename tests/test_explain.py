@@ -164,20 +164,13 @@ def test_a_run_of_another_machine_is_opened_on_this_one(tmp_path):
     assert [p.name for p in (tmp_path / "figures").iterdir()] == ["distance.png"]       # one row of results makes no curve
 
 
-@pytest.mark.parametrize("method", ["stave", "prompt-tuning"])
-def test_a_run_that_reads_another_prompt_is_refused_beside(tmp_path, method):
-    for name in "mimic", method:
-        train.main(["--method", name, "--samples", "12", "--epochs", "1", "--limit", "2", "--out", str(tmp_path / name)])
-    with pytest.raises(InputError, match=f"--beside .*: expected, for distance, .*, found {method}"):
-        explain.main(["--run", str(tmp_path / "mimic"), "--beside", str(tmp_path / method), "--only", "distance",
+def test_a_run_that_reads_another_prompt_is_refused_beside(tmp_path):
+    for name in "mimic", "stave":
+        train.main(["--method", name, "--samples", "4", "--dev-samples", "0", "--epochs", "1", "--limit", "2", "--shots", "1",
+                    "--compare", "--out", str(tmp_path / name)])
+    with pytest.raises(InputError, match="--beside .*: expected, for distance, .*, found stave"):
+        explain.main(["--run", str(tmp_path / "mimic"), "--beside", str(tmp_path / "stave"), "--only", "distance",
                       "--out", str(tmp_path / "figures")])
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", '{"method": "icl"}', '{"method": []}'])
-def test_arguments_of_something_else_are_refused(tmp_path, content):
-    (tmp_path / "args.json").write_text(content)
-    with pytest.raises(InputError, match="args.json: expected the arguments of a run of train.py"):
-        explain.main(["--run", str(tmp_path)])
 
 
 def test_what_is_no_run_is_refused(tmp_path):
