@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 
 import baselines
 import models
-from baselines.live import LIVE
 from baselines.lora import LoRA
 from baselines.prompt_tuning import PromptTuning
 from baselines.stave import STAVE, Parted, cue_length
@@ -176,19 +175,6 @@ def of_answers(model, rows, features, shifts):
     for found, ids, part in zip(log_p, rows.input_ids, rows.part, strict=True):
         for t in (part == part.max()).nonzero().flatten().tolist():
             yield found[t - 1], ids[t]
-
-
-@pytest.mark.parametrize("kl_late", [False, True])
-def test_lives_kl_compares_what_comes_before_each_token_of_the_answer(toy, kl_late):
-    """The official code's: before the second of them and on, and behind the last."""
-    model, batch, features = toy
-    live = trained("live", model)
-    align, ce = LIVE.losses(model, live, batch, features, kl_late=kl_late)
-    p, q = (list(of_answers(model, rows, features, who)) for rows, who in ((batch.teacher, None), (batch.student, live)))
-    torch.testing.assert_close(ce, -sum(found[token] for found, token in q) / len(q))
-    kl = sum((a.exp() * (a - b)).sum() for (a, _), (b, _) in zip(p, q, strict=True)) / len(q)
-    assert (align - kl).abs() > 1e-3 if kl_late else torch.allclose(align, kl, rtol=1e-5)
-    assert LIVE.losses(model, live, batch, features, lambda_align=0) == (0, ce)
 
 
 def test_staves_loss_is_the_mean_of_two_behind_the_query_and_behind_demonstrations_and_query(toy):

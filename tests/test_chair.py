@@ -119,11 +119,9 @@ def instances(root):
 
 @pytest.mark.parametrize("harm, message", [
     (lambda root: (root / "synonyms.txt").unlink(), "synonyms.txt: expected a synonym list"),
-    (lambda root: (root / "synonyms.txt").write_text("\n"), "synonyms.txt: expected a synonym list"),
     (lambda root: (root / "synonyms.txt").write_bytes(b"\xff"), "synonyms.txt: expected a synonym list"),
     (lambda root: (root / "synonyms.txt").write_text("dog\n"), "synonyms.txt: .* for every category of COCO, found:? no 'cat'"),
     (lambda root: instances(root).unlink(), "instances_val2014.json: expected .*, found no file"),
-    (lambda root: instances(root).write_text("[]"), "instances_val2014.json: expected COCO's instances in every picture, found"),
     (lambda root: instances(root).write_text('{"images": [], "categories": [], "annotations": []}'),
      "instances_val2014.json: expected COCO's instances in every picture, found:? no 139")])
 def test_a_bad_file_is_named_in_one_line(root, harm, message):

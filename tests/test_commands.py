@@ -13,7 +13,7 @@ import eval as evaluation
 import models
 import train
 from data import Sample, load
-from experiments import layerwise, table
+from experiments import layerwise
 from support.files import InputError
 from support.options import MOVED, read_run
 from support.results import ALSO, SAME, Unfinished, read_predictions
@@ -101,13 +101,6 @@ def test_a_score_of_an_unfinished_run_says_so(tmp_path, capsys):
         assert ("an unfinished run; what follows is of its best epoch so far" in said) == (not about)
 
 
-def test_train_official_runs(either_folder, shared, tmp_path):
-    rows = run_train("okvqa", either_folder, shared, tmp_path / "run", "--official", "--epochs", "1", "--limit", "2")
-    args = json.loads((tmp_path / "run/args.json").read_text())
-    assert (args["align_on"], args["ce_on"], args["z2"], args["align_norm"]) == ("ffn", "sequence", "unmasked", False)
-    assert rows[-1]["n"] == 2
-
-
 def test_accumulated_batches_take_the_same_steps_as_one_large_batch(tiny_folder, shared, tmp_path):
     """Equal but for rounding where the parts are equal: 12 samples, 4 x 1 or 2 x 2 (captions of one length each count alike)."""
     for name, sizes in (("one", ("4", "1")), ("two", ("2", "2"))):
@@ -115,17 +108,6 @@ def test_accumulated_batches_take_the_same_steps_as_one_large_batch(tiny_folder,
                   sizes[1], "--epochs", "1", "--limit", "1", "--lambda-ce", "0")
     one, two = (epoch_means(tmp_path / name, "align") for name in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-4)
-
-
-def test_eval_of_the_base_model_replaces_its_row_and_keeps_the_others(tiny_folder, shared, tmp_path):
-    common = ["--dataset", "okvqa", "--model", str(tiny_folder), "--data", str(shared / "data"), "--out", str(tmp_path)]
-    common += ["--limit", "3"]
-    evaluation.main([*common, "--method", "zero-shot"])
-    for _ in range(2):
-        evaluation.main([*common, "--method", "icl", "--shots", "3"])
-    rows = json.loads((tmp_path / "results.json").read_text())
-    assert [(r["method"], r["shots"], r["n"]) for r in rows] == [("zero-shot", 0, 3), ("icl", 3, 3)]
-    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 6
 
 
 def test_eval_answers_a_split_without_annotations_unscored(tiny_folder, shared, tmp_path, capsys):
@@ -206,18 +188,3 @@ def test_a_layer_wise_fit_runs_on_real_pictures_and_its_run_is_evaluated_again(e
                            "--limit", "3", "--samples", "6", "--num-beams", "2", "--out", str(tmp_path / "fit")])
     again = evaluation.main(["--run", str(tmp_path / "fit"), "--limit", "3", "--out", str(tmp_path / "again")])
     assert again["score"] == rows[-1]["score"] and rows[-1]["train_seconds"] > 0
-
-
-def test_the_table_runs_on_a_dataset_and_says_why_a_method_has_no_score(tiny_folder, shared, tmp_path, monkeypatch):
-    """The random model answers nothing right, so there is no function vector of it; the other rows are there all the same."""
-    monkeypatch.setattr(table, "METHODS", {"zero-shot": "eval", "ICL": "eval --shots 2", "MimIC": "train --epochs 1 --shots 2",
-                                           "Function Vector": "eval --method function-vector --shots 2"})
-    words = ["--dataset", "okvqa", "--model", str(tiny_folder), "--data", str(shared / "data"), "--limit", "2",
-             "--samples", "8", "--dev-samples", "2", "--seed", "0"]
-    rows = table.main([*words, "--out", str(tmp_path / "table")])
-    assert [r["method"] for r in rows if "vqa_accuracy" in r] == ["zero-shot", "ICL", "MimIC"]
-    lines = (tmp_path / "table/table.md").read_text().splitlines()
-    assert lines[0].count("|") == 7 and lines[5].startswith("| Function Vector | – | – |")
-    assert lines[-1].startswith("Function Vector: ") and "expected" in lines[-1]
-    with pytest.raises(InputError, match="expected a model folder"):
-        table.main([*words, "--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "other")])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DATASETS, TEMPLATES, Processor, Sample, prompts, row
+from data import DATASETS, TEMPLATES, Processor, prompts, row
 from eval import answer
 from model import Idefics2
 from tools import pretrain
@@ -67,10 +67,10 @@ def test_a_short_run_writes_a_complete_folder_with_settings_of_its_own(tmp_path,
     assert len(table) == 3 * 2 * 5 and capsys.readouterr().out.endswith(pretrain.markdown(table) + "\n")
 
 
-def accuracy(tiny, kind, shots, change=lambda demonstrations, other: demonstrations):
-    """Share of 100 never-seen episodes answered right by generation; `change` gets a row's demonstrations and another row's."""
+def accuracy(tiny, kind, shots, another=0):
+    """Share of 100 never-seen episodes answered right by generation, with the demonstrations of an episode so many before it."""
     rows, pictures = never_seen(kind)
-    icds = [change(row[8 - shots:8], rows[n - 1][8 - shots:8]) for n, row in enumerate(rows)]
+    icds = [rows[n - another][8 - shots:8] for n in range(len(rows))]
     features = dict(enumerate(pretrain.encode(*tiny, pictures)))
     said = answer(*tiny, kind, [row[8] for row in rows], icds, features=features, num_beams=1, batch_size=100)
     return np.mean([text == row[8].target for text, row in zip(said, rows, strict=True)])
@@ -84,19 +84,7 @@ def test_never_seen_rules_are_learnt_from_eight_demonstrations(tiny, kind):
 
 def test_demonstrations_of_another_rule_are_of_no_use(tiny):
     for kind in world.KINDS:
-        assert accuracy(tiny, kind, 8, lambda own, other: other) <= 0.3
-
-
-def test_answers_swapped_among_the_demonstrations_destroy_the_score(tiny):
-    def shift_answers(own, other):
-        targets = [s.target for s in own]
-        return [Sample(s.image_id, None, s.question, [t], t) for s, t in zip(own, targets[3:] + targets[:3], strict=True)]
-    assert accuracy(tiny, "toy", 8, shift_answers) <= 0.4
-
-
-def test_the_order_of_the_demonstrations_hardly_matters(tiny):
-    for kind in world.KINDS:
-        assert abs(accuracy(tiny, kind, 8, lambda own, other: own[::-1]) - accuracy(tiny, kind, 8)) <= 0.08
+        assert accuracy(tiny, kind, 8, another=1) <= 0.3
 
 
 def test_the_checkpoint_is_small_and_its_table_is_in_its_readme(tiny):

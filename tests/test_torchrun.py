@@ -17,7 +17,6 @@ SMALL = ["--samples", "19", "--dev-samples", "5", "--limit", "13", "--eval-batch
 TRAIN = [*SMALL, "--batch-size", "3", "--accumulate", "2", "--epochs", "2"]
 VARIANTS = {"mimic": ["--shots", "2", "--compare", "0", "2"],
             "uneven shares": ["--shots", "1", "--accumulate", "3", "--compare"],
-            "shared demonstrations": ["--shots", "2", "--share-icds", "--compare"],
             "kl": ["--method", "live", "--shots", "1", "--compare"],
             "both prompts": ["--method", "stave", "--ce-on", "sequence", "--compare"]}
 
