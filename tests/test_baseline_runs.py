@@ -2,12 +2,9 @@
 
 import csv
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_model, small
 
 import baselines
 import eval as evaluation
@@ -15,7 +12,6 @@ import models
 import train
 from data import TEMPLATES, collate, draw, load
 from eval import answer
-from experiments import layerwise
 from model import Idefics2, Shifts
 from models.idefics1 import Idefics1
 from train import losses, parse
@@ -69,27 +65,9 @@ def test_a_run_trains_and_eval_of_it_scores_the_same(options, tmp_path):
     check_again(tmp_path, rows)
 
 
-@pytest.fixture(scope="module")
-def toy_idefics1(tmp_path_factory):
-    """A tiny random Idefics1 that has the toy world's words."""
-    folder = save_model(tmp_path_factory.mktemp("toy") / "idefics1", small("idefics1", 122))
-    return Path(shutil.copy("checkpoints/tiny/tokenizer.json", folder)).parent
-
-
-@pytest.mark.parametrize("options", ["layerwise", "--share-icds", "--method lora --scope all"])
-def test_the_toy_world_runs_through_an_idefics1(options, toy_idefics1, tmp_path):
-    words = ["--model", str(toy_idefics1), "--shots", "2"]
-    if options == "layerwise":
-        rows = layerwise.main([*words, "--samples", "12", "--limit", "12", "--out", str(tmp_path)])
-    else:
-        rows = run(tmp_path, *words, "--epochs", "1", *options.split())
-    check_again(tmp_path, rows)
-    assert rows[-1]["prompt_tokens"] == 9 - 3                                      # a picture is one token here, four in the toy
-
-
-def test_the_model_says_how_many_demonstrations_and_epochs_are_the_papers(toy_idefics1):
-    assert of_method("mimic", "--model", str(toy_idefics1)).shots == 32 and of_method("mimic").shots == 8
-    assert of_method("stave", "--model", str(toy_idefics1)).shots == 1
+def test_the_model_says_how_many_demonstrations_and_epochs_are_the_papers(tiny_idefics1):
+    assert of_method("mimic", "--model", str(tiny_idefics1)).shots == 32 and of_method("mimic").shots == 8
+    assert of_method("stave", "--model", str(tiny_idefics1)).shots == 1
     assert (Idefics1.epochs, Idefics2.epochs) == (10, 5)
 
 

@@ -153,13 +153,10 @@ def test_an_old_command_line_says_the_new_one_in_one_line():
     assert found.returncode == 2 and found.stderr.count("\n") == 1 and "now " in found.stderr, found
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--limit", "0"], "--limit: expected at least 1, found 0"),
-    (["--device", "gpu"], "--device gpu: expected a device of this machine, found")])
 @pytest.mark.parametrize("main", [train.main, evaluation.main])
-def test_a_number_or_device_that_cannot_be_is_refused_before_any_work(main, words, message, tmp_path):
-    with pytest.raises(InputError, match=message):
-        main([*words, "--out", str(tmp_path / "run")])
+def test_a_device_that_cannot_be_is_refused_before_any_work(main, tmp_path):
+    with pytest.raises(InputError, match="--device gpu: expected a device of this machine, found"):
+        main(["--device", "gpu", "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
 

@@ -159,11 +159,12 @@ def test_leftovers_of_published_files_are_ignored(folder):
 
 
 @pytest.mark.parametrize("change, words", [
+    (lambda t, text: t.update({text + NORM: torch.ones(64).long()}), [NORM, "torch.int64", "no floating point"]),
     (lambda t, text: t.update({text + NORM: torch.ones(63)}), ["size mismatch", NORM, "[63]", "[64]"]),
     (lambda t, text: (t.pop(text + DOWN), t.update({"extra": torch.ones(1), text + NORM: torch.ones(64, 1)})),
      ["Missing", DOWN, "Unexpected", "extra", "size mismatch"]),
     (lambda t, text: [t.pop(name) for name in list(t) if name.startswith(text + "layers")], ["Missing", "layers.0."])],
-    ids=["misshapen", "all_three", "many"])
+    ids=["integers", "misshapen", "all_three", "many"])
 def test_tensors_that_do_not_fit_the_config_are_listed(folder, change, words):
     edit(folder, lambda tensors: change(tensors, TEXT[folder.name]))
     assert len(complaint(lambda: load(folder), folder, *words)) < 500
@@ -208,11 +209,6 @@ def test_damaged_shards_are_refused_in_one_line(folder, damage, words):
 def test_a_tensor_in_two_shards_is_refused(folder):
     shard(folder, overlap=[TEXT[folder.name] + NORM])
     complaint(lambda: load(folder), "-of-00003.safetensors: expected", NORM, "another shard")
-
-
-def test_a_tensor_of_integers_is_refused(folder):
-    edit(folder, lambda tensors: tensors.update({TEXT[folder.name] + NORM: torch.ones(64, dtype=torch.int64)}))
-    complaint(lambda: load(folder), "model.safetensors: expected", NORM, "torch.int64", "no floating point")
 
 
 @pytest.mark.parametrize("written, ends, banned, pad", [

@@ -159,19 +159,3 @@ def judged_colour(picture):
         return 6
     bands = [(12, 0), (65, 1), (175, 2), (245, 3), (300, 4), (347, 5), (361, 0)]
     return next(colour for end, colour in bands if degrees < end)
-
-
-def judged_place(picture):
-    """Digit of the place from the centre of mass of the object, relative to the centre of the picture."""
-    y, x = np.argwhere(object_pixels(picture)).mean(0) - 19.5
-    return int(x > 0) if abs(x) > abs(y) else 2 + int(y > 0)
-
-
-SCENES = world.random_scenes(600, rng())
-PICTURES = world.draw(SCENES, rng())
-
-
-def test_colour_and_place_can_be_read_from_the_pixels():
-    assert PICTURES.shape == (600, 40, 40, 3) and PICTURES.dtype == np.uint8
-    judged = np.array([(judged_colour(picture), judged_place(picture)) for picture in PICTURES])
-    assert (judged == SCENES[:, [0, 2]]).all()

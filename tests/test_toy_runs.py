@@ -89,15 +89,15 @@ def test_every_row_of_the_tables_is_a_command_that_is_understood(monkeypatch):
 
 def test_the_table_is_written_and_not_made_twice_and_says_why_a_method_has_no_score(tmp_path, monkeypatch):
     """Four rows, one seed, few samples: the others are made alike."""
-    monkeypatch.setattr(table, "METHODS", {"zero-shot": "eval", "MimIC": "train --epochs 1 --shots 2", "fit": "fit --shots 2",
+    monkeypatch.setattr(table, "METHODS", {"zero-shot": "eval", "MimIC": "train --epochs 1 --shots 2", "fit": "fit --shots 2 --draws 1",
                                            "Function Vector": "eval --method function-vector --shots 20"})
     words = ["--seeds", "0", "--workers", "1", "--out", str(tmp_path), "--samples", "12", "--limit", "10", "--dev-samples", "4"]
     rows = table.main(words)
     assert [(r["method"], r["parameters"]) for r in rows[:3]] == [("zero-shot", 0), ("MimIC", 1584), ("fit", 1584)]
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert lines[2].startswith(f"| zero-shot | 0 | {rows[0]['vqa_accuracy']:.1f} ± 0.0 | ") and len(lines) == 8
+    assert lines[2].startswith(f"| zero-shot | 0 | {rows[0]['vqa_accuracy']:.1f} ± 0.0 | ") and len(lines) == 9
     assert lines[5].startswith("| Function Vector | – | – |")
-    assert lines[7].startswith("Function Vector: ") and "expected" in lines[7]
+    assert lines[7].startswith("Function Vector: expected at least 20 training samples")
     done = [p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("results.json"))]
     assert table.main(words) == rows
     assert len(done) == 6 and done == [p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("results.json"))]
