@@ -89,7 +89,8 @@ def test_every_row_of_the_tables_is_a_command_that_is_understood(monkeypatch):
 
 def test_the_table_is_written_and_not_made_twice_and_says_why_a_method_has_no_score(tmp_path, monkeypatch):
     """Four rows, one seed, few samples: the others are made alike."""
-    monkeypatch.setattr(table, "METHODS", {"zero-shot": "eval", "MimIC": "train --epochs 1 --shots 2", "fit": "fit --shots 2 --draws 1",
+    monkeypatch.setattr(table, "METHODS", {"zero-shot": "eval", "MimIC": "train --epochs 1 --shots 2",
+                                           "fit": "fit --shots 2 --draws 1",
                                            "Function Vector": "eval --method function-vector --shots 20"})
     words = ["--seeds", "0", "--workers", "1", "--out", str(tmp_path), "--samples", "12", "--limit", "10", "--dev-samples", "4"]
     rows = table.main(words)
