@@ -100,6 +100,11 @@ def test_separators_of_the_official_code_are_masked_keys_that_only_idefics2_coun
     torch.testing.assert_close(logits[golden.keep], golden.out["sep_logits"][golden.keep], **TOLERANCE)
 
 
+def test_a_prompt_without_images_needs_no_features(golden):
+    logits, expected = golden.model(golden.input_ids[2:], golden.attention_mask[2:]), golden.out["logits"][2:]
+    torch.testing.assert_close(logits[golden.keep[2:]], expected[golden.keep[2:]], **TOLERANCE)
+
+
 # ---- transformers itself, on random models
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {"hidden_size": 24, "embed_dim": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -278,6 +283,15 @@ def test_rotary_embedding_equals_transformers_bit_for_bit_at_the_published_size(
     expected, _ = mistral.apply_rotary_pos_emb(x, x, *mistral.MistralRotaryEmbedding(mistral.MistralConfig())(x, positions))
     got = rotate(x, *rope(positions, 128, 10000.0, torch.float32))
     assert torch.equal(got, expected), f"up to {(got - expected).abs().max():.1e} apart"
+
+
+def test_a_prompt_longer_than_the_published_window_of_4096_equals_transformers(tmp_path):
+    theirs = save_reference(tmp_path, text=dict(num_attention_heads=2, num_key_value_heads=1, sliding_window=4096))
+    batch = make_batch(theirs, 0, [0], [(8, 8)], text_length=4200)
+    with torch.no_grad():
+        expected = theirs(**batch.theirs, logits_to_keep=200).logits
+    logits = Idefics2.from_pretrained(tmp_path)(batch.input_ids, batch.attention_mask)[:, -200:]
+    torch.testing.assert_close(logits, expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", REFERENCES)
