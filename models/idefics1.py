@@ -39,6 +39,7 @@ from model import (
 )
 from support.checkpoint import entry, read_config, sizes
 from support.kernels import Embedding, Linear, sdpa
+from support.pictures import pixels
 
 
 # --- Sizes: what a file leaves out is what idefics-9b has ---------------------------------------------------
@@ -349,7 +350,7 @@ class Idefics1Processor(Processor):
     def sizes(raw):
         size = raw.get("size")
         side = size.get("height") if isinstance(size, dict) else size
-        return {"image_size": raw.get("image_size") or side}
+        return {"image_size": pixels(raw.get("image_size") or side)}
 
     def resized(self, width, height):
         return self.side, self.side           # whatever the picture

@@ -53,7 +53,11 @@ def sizes(kind, raw, act):
         raw["sliding_window"] = raw["sliding_window"] or 0                  # null: no window
     if isinstance(raw.get("eos_token_id"), list):
         raw["eos_token_id"] = raw["eos_token_id"][0]                        # `generation_ids` has the others
-    return kind(**{f.name: entry(raw, f.name, f.default) for f in fields(kind)})
+    found = {f.name: entry(raw, f.name, f.default) for f in fields(kind)}
+    d, H = found.get("hidden_size"), found.get("num_attention_heads")
+    if H is not None and d % H and not found.get("head_dim"):
+        raise ValueError(f"hidden_size {d}, no multiple of num_attention_heads {H}")
+    return kind(**found)
 
 
 def generation_ids(folder, pad):

@@ -166,7 +166,8 @@ def load_state(path, module, optimiser):
             moments.setdefault(int(n), {})[moment] = tensors.pop(name)
         module.load_state_dict({name.removeprefix("parameter."): x for name, x in tensors.items()})
         optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
-        return json.loads(about["numbers"])
+        step, best, seconds = json.loads(about["numbers"])
+        return int(step), float(best), float(seconds)
 
 
 def make_folder(path):

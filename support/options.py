@@ -4,6 +4,7 @@ import argparse
 import inspect
 import math
 import sys
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -40,14 +41,16 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
     def parse(self, argv=None):
-        """The arguments (default: of the command line)."""
+        """The arguments (default: of the command line). For an unknown option, the one that was meant."""
         args, unknown = self.parse_known_args(argv)
         if not unknown:
             return args
         word = unknown[0].split("=")[0]
         if word in MOVED:
             raise InputError(f"{self.prog} {word}: expected nothing of that name any more; now {MOVED[word]}")
-        raise InputError(f"{self.prog}: expected options that --help names, found {word}")
+        near = get_close_matches(word, [name for a in self._actions for name in a.option_strings], 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"{self.prog}: expected options that --help names, found {word}{meant}")
 
     def use(self, saved, path, but=()):
         """The saved arguments become defaults, where there is such an option; what is typed wins."""

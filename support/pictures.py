@@ -28,6 +28,13 @@ def to_rgb(image):
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
+def pixels(size):
+    """A number of pixels in a file of settings, or None. Raises ValueError for anything else."""
+    if size is not None and (type(size) is not int or not 0 < size < 10_000):
+        raise ValueError(f"{size!r:.80} pixels")
+    return size
+
+
 class ImageTransform:
     """Bit by bit transformers' Idefics2ImageProcessor (PIL) without image splitting."""
 
@@ -39,6 +46,8 @@ class ImageTransform:
         # A byte has 256 values: the published arithmetic (rescaled in fp64, normalised in fp32), done once.
         scaled = (np.arange(256, dtype=np.float64) * rescale).astype(np.float32)[:, None]
         self.pixel_of_byte = (scaled - np.array(mean, np.float32)) / np.array(std, np.float32)       # (256,3)
+        if self.pixel_of_byte.shape != (256, 3):
+            raise ValueError(f"image_mean {mean!r:.50}, image_std {std!r:.50}")
 
     @classmethod
     def settings(cls, raw):
@@ -50,7 +59,7 @@ class ImageTransform:
     @staticmethod
     def sizes(raw):
         size = raw.get("size") or {}
-        return {name: size.get(name) for name in ("longest_edge", "shortest_edge")}
+        return {name: pixels(size.get(name)) for name in ("longest_edge", "shortest_edge")}
 
     def resized(self, width, height):
         """Width and height after the resize: the longer side at most `longest`, each at least `shortest`, so

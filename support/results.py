@@ -199,10 +199,13 @@ def commit():
 
 @contextlib.contextmanager
 def open_log(path, columns, step):
-    """log.csv with the rows of the first `step` steps, to write more."""
+    """log.csv with the rows of the first `step` steps, to write more. Raises InputError if they are gone."""
     found = [",".join(columns)]
     if step:
-        found = path.read_text(encoding="utf-8").split("\n")[:step + 1]
+        with reading(path, f"the rows of {step} steps"):
+            found = path.read_text(encoding="utf-8").split("\n")[:-1][:step + 1]
+            if len(found) <= step:
+                raise ValueError(f"{len(found)} lines; to start anew delete state.safetensors")
     wait()
     write_text(path, "\n".join(found) + "\n")
     with open(path if rank() == 0 else os.devnull, "a", encoding="utf-8", newline="", buffering=1) as file:

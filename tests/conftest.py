@@ -155,7 +155,7 @@ def model(request, tmp_path_factory):
 
 # Imports once, then forks for every order {"script", "words", "errors": file for stderr, "seconds": when to kill it, or null,
 # "signal": with what, "victim": which of its processes, "rows": not before log.csv (the last word names its folder) has so many
-# lines, "processes": how many, as torchrun starts them, "user": as whom, "limit": longest file in bytes, "more_memory": bytes
+# lines, "processes": how many, as torchrun starts them, "limit": longest file in bytes, "more_memory": bytes
 # that it may take}; prints the exit statuses.
 HELPER = """
 import json, os, re, resource, signal, socket, sys, tempfile, threading, time
@@ -191,8 +191,6 @@ for line in sys.stdin:
             if "more_memory" in order:
                 now = 1024 * int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1])
                 resource.setrlimit(resource.RLIMIT_DATA, (now + order["more_memory"],) * 2)
-            if "user" in order:
-                os.setuid(order["user"])
             try:
                 run_command({"train.py": train.main, "eval.py": evaluation.main}[order["script"]])
                 os._exit(0)

@@ -3,11 +3,9 @@
 import io
 import json
 import os
-import pickle
 import random
 import re
 import shutil
-import socket
 import struct
 import zlib
 from pathlib import Path
@@ -21,7 +19,6 @@ import baselines
 import eval as evaluation
 import train
 from data import Processor, load
-from experiments import layerwise
 from model import Idefics2
 from models import load_model
 from support.files import InputError, load_state, run_command, save_state
@@ -92,11 +89,7 @@ def folder_instead(path):
 
 
 def cut(share):
-    return lambda path: path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
-
-
-def begins(share):
-    """As `cut`, of a link's file a copy."""
+    """Of a link's file a copy."""
     return lambda path: holds(path.read_bytes()[:int(share * path.stat().st_size)])(path)
 
 
@@ -153,10 +146,6 @@ def header(change):
     return harm
 
 
-def moved(name, by):
-    return header(lambda h: h[name].update(data_offsets=[x + by for x in h[name]["data_offsets"]]))
-
-
 def poisoned(name):
     return tensors(lambda t: t[name].view(-1)[:1].fill_(torch.nan))
 
@@ -173,44 +162,27 @@ def bomb(width, height):
 
 # ---- Data: (what is asked for, file, harm, words of the complaint besides the file's name)
 Q, A, K = ("okvqa/OpenEnded_mscoco_train2014_questions.json", "okvqa/mscoco_train2014_annotations.json", "coco/dataset_coco.json")
-VA, VQ = "vqav2/v2_mscoco_train2014_annotations.json", "vqav2/v2_OpenEnded_mscoco_val2014_questions.json"
+VQ = "vqav2/v2_OpenEnded_mscoco_val2014_questions.json"
 HALF = "a\ud800b"
 DATA = {
     "questions cut": ("okvqa", Q, cut(0.5), "complete JSON"),
-    "captions cut": ("coco", K, cut(0.99), "complete JSON"),
-    "questions empty": ("okvqa", Q, holds(b""), "complete JSON"),
     "questions no text": ("okvqa", Q, holds(b"\xff\xfe\x00"), "complete JSON"),
-    "questions a page of a web server": ("okvqa", Q, holds(b"<html>404</html>"), "complete JSON"),
     "questions a folder": ("okvqa", Q, folder_instead, "complete JSON, found: Is a directory"),
     "questions gone": ("okvqa", Q, gone, "complete JSON, found no file"),
-    "annotations gone": ("okvqa", A, gone, "complete JSON, found no file"),
-    "a number of thousands of digits": ("okvqa", Q, holds(b'{"questions": [{"question_id": ' + b"9" * 9999 + b"}]}"), "JSON"),
     "brackets without end": ("okvqa", Q, holds(b"[" * 200_000), "complete JSON"),
     "a list": ("okvqa", Q, holds([1, 2]), "VQA questions"),
-    "no list": ("okvqa", Q, holds({"questions": {"1": {}}}), "VQA questions"),
-    "a list of texts": ("okvqa", Q, holds({"questions": ["why?"]}), "VQA questions"),
     "no questions": ("okvqa", Q, holds({"questions": []}), "samples of okvqa train, found none"),
-    "no captions": ("coco", K, holds({"images": []}), "samples of coco val, found none"),
     "no question of the published list": ("vqav2", VQ, each("questions", question_id=5), "samples of vqav2 val, found none"),
     "a question without an image": ("okvqa", Q, without("questions", "image_id"), "VQA questions, found: no 'image_id'"),
-    "an image id of half a number": ("okvqa", Q, entry("questions", image_id=0.5), "VQA questions"),
     "a question of nothing": ("okvqa", Q, entry("questions", question=None), "None in the place of text"),
     "a question of half a letter": ("okvqa", Q, entry("questions", question=HALF), "surrogates"),
     "an annotation missing": ("okvqa", A, changed(lambda c: c["annotations"].pop()), "VQA annotations, found: none of question"),
-    "an annotation without id": ("okvqa", A, without("annotations", "question_id"), "found: no 'question_id'"),
-    "no answers": ("okvqa", A, entry("annotations", answers=[]), "VQA annotations"),
     "answers of text": ("okvqa", A, entry("annotations", answers=["x"]), "VQA annotations"),
-    "an answer of numbers": ("okvqa", A, entry("annotations", answers=[{"answer": 7}]), "7 in the place of text"),
-    "a chosen answer of a list": ("vqav2", VA, entry("annotations", multiple_choice_answer=["a"]), "['a'] in the place of text"),
-    "a type of numbers": ("vqav2", VA, entry("annotations", question_type=5), "5 in the place of text"),
     "a path that climbs": ("coco", K, entry("images", filepath=".."), "'..' in the place of a plain name"),
     "a name that climbs": ("coco", K, entry("images", filename="../../secret.jpg"), "secret.jpg' in the place of a plain name"),
-    "an absolute name": ("coco", K, entry("images", filename="/etc/passwd"), "'/etc/passwd' in the place of a plain name"),
     "a name with a zero byte": ("coco", K, entry("images", filename="a\0.jpg"), "a plain name"),
-    "a name of Windows": ("coco", K, entry("images", filename="..\\secret.jpg"), "a plain name"),
     "an image twice": ("coco", K, each("images", cocoid=5), "every Sample.id of coco val once, found one twice"),
     "no sentences": ("coco", K, each("images", sentences=[]), "Karpathy's split"),
-    "a sentence of numbers": ("coco", K, each("images", sentences=[{"raw": 1}]), "1 in the place of text"),
 }
 
 
@@ -227,17 +199,11 @@ def test_bad_data(name, world, tiny_folder, capsys):
 # ---- Pictures
 PICTURES = {
     "gone": (gone, ["found no file"]),
-    "a link to nothing": (lambda path: (path.unlink(), path.symlink_to("nowhere.jpg")), ["found no file"]),
     "a folder": (folder_instead, ["a complete image", "directory"]),
-    "empty": (holds(b""), ["a complete image"]),
-    "cut in its middle": (begins(0.5), ["a complete image", "truncated"]),
-    "cut in its header": (begins(1e-4), ["a complete image"]),
+    "cut in its middle": (cut(0.5), ["a complete image", "truncated"]),
     "noise": (holds(random.Random(0).randbytes(5000)), ["cannot identify"]),
-    "a web page": (holds(b"<html><body>502 Bad Gateway</body></html>"), ["cannot identify"]),
     "a decompression bomb": (holds(bomb(60_000, 60_000)), ["a complete image", "decompression bomb"]),
     "as large as it says in nothing": (holds(bomb(4000, 4000)), ["a complete image"]),
-    "a program for Ghostscript": (holds(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nquit\n"),
-                                    ["cannot identify"]),
 }
 
 
@@ -253,61 +219,41 @@ def test_bad_picture(name, world, tiny_folder, capsys):
     assert read_predictions(world / "out/predictions.jsonl") == []
 
 
-def test_a_picture_is_what_its_bytes_say_whatever_its_name(tmp_path):
-    for kind in ("PNG", "BMP", "WEBP", "GIF", "TIFF", "JPEG"):
-        Image.new("RGB", (9, 8), "red").save(tmp_path / "a.jpg", kind)
-        assert open_image(tmp_path / "a.jpg").size == (9, 8)
 
 
 # ---- Models, adapters, runs: (file, harm, words besides its name)
 W, NORM = "model/model.safetensors", "model.text_model.norm.weight"
-M, T, P, G, C = (f"model/{name}.json" for name in (
-    "model.safetensors.index", "tokenizer", "preprocessor_config", "generation_config", "config"))
+T, P, G, C = (f"model/{name}.json" for name in ("tokenizer", "preprocessor_config", "generation_config", "config"))
 R = "run/mimic.safetensors"
 FILES = {
     "weights cut": (W, cut(0.99), "complete safetensors"),
-    "weights empty": (W, holds(b""), "complete safetensors"),
     "weights gone": (W, gone, "found no file"),
-    "a header longer than the file": (W, lambda p: p.write_bytes(struct.pack("<Q", 1 << 40) + p.read_bytes()[8:]), "complete"),
-    "a header that is no JSON": (W, lambda p: p.write_bytes(p.read_bytes()[:8] + b"x" * 9000), "complete safetensors"),
-    "a tensor behind the end": (W, moved(NORM, 1 << 30), "complete safetensors"),
-    "a tensor upon another": (W, moved(NORM, -2), "complete safetensors"),
     "a shape that the bytes are not": (W, header(lambda h: h[NORM].update(shape=[999])), "complete safetensors"),
-    "a dtype that is none": (W, header(lambda h: h[NORM].update(dtype="X7")), "complete safetensors"),
-    "weights of other names": (W, tensors(lambda t: t.update(wrong=t.pop(NORM))), f'Missing key(s) in state_dict: "{NORM}"'),
-    "weights of another shape": (W, tensors(lambda t: t.update({NORM: t[NORM][:9]})), f"mismatch for {NORM}"),
     "weights with NaN": (W, poisoned(NORM), f"finite logits, found others; not finite are the weights ['{NORM}']"),
     "a tokenizer cut": (T, cut(0.5), "a tokenizer"),
     "a tokenizer of something else": (T, holds({"version": "1.0"}), "a tokenizer"),
     "a tokenizer gone": (T, gone, "found no file"),
     "a preprocessor of a list": (P, holds([1]), "sizes in pixels"),
+    "a preprocessor of no size": (P, changed(lambda c: c.update(size={"longest_edge": 0})), ": 0 pixels"),
+    "a mean of two numbers": (P, changed(lambda c: c.update(image_mean=[1, 2])), "of three numbers"),
     "a scale of text": (P, changed(lambda c: c.update(rescale_factor="1/255")), "of three numbers"),
     "a resampling that is none": (P, changed(lambda c: c.update(resample=99)), "99 is not a valid Resampling"),
-    "a padding of text": (G, changed(lambda c: c.update(pad_token_id="<pad>")), "pad_token_id '<pad>'"),
     "a padding below nothing": (G, changed(lambda c: c.update(pad_token_id=-1)), "pad_token_id -1"),
-    "a config of a list": (C, holds([1]), "model_type"),
     "a config of a number without end": (C, lambda p: p.write_text(p.read_text().replace("10000.0", "1e999")), "rope_theta inf"),
     "a config of hundreds of digits": (C, changed(lambda c: c["text_config"].update(hidden_size=10 ** 400)), "hidden_size 1000"),
     "a config of 10^9 layers": (C, changed(lambda c: c["text_config"].update(num_hidden_layers=10 ** 9)), "int in 0 … 1000"),
     "an adapter cut": (R, cut(0.9), "a MimIC adapter in safetensors"),
-    "an adapter empty": (R, holds(b""), "a MimIC adapter in safetensors"),
-    "an adapter gone": (R, gone, "a MimIC adapter in safetensors, found no file"),
-    "an adapter whose header lies": (R, moved("vector", 1 << 20), "a MimIC adapter in safetensors"),
     "an adapter with NaN": (R, poisoned("vector"), "vector holds NaN or infinity"),
-    "an adapter with infinity": (R, tensors(lambda t: t["f_bias"].fill_(torch.inf)), "f_bias holds NaN or infinity"),
     "an adapter of other names": (R, tensors(lambda t: t.update(v=t.pop("vector"))), "a MimIC adapter, found: no 'vector'"),
     "an adapter of another model": (R, tensors(lambda t: t.update({k: x[:2].clone() for k, x in t.items()})),
                                     "an adapter of this model's sizes"),
     "an adapter of another method": (R, holds(save({"W": torch.zeros(2, 128)})), "a MimIC adapter, found: no 'vector'"),
     "an adapter of options that are none": (R, header(lambda h: h["__metadata__"].update(z2="half")), "z2 'half'"),
     "arguments cut": ("run/args.json", cut(0.5), "the arguments of a run"),
-    "arguments of a list": ("run/args.json", holds([1]), "the arguments of a run"),
     "arguments of another method": ("run/args.json", changed(lambda c: c.update(method="x")), "--method 'x'"),
     "arguments of words for numbers": ("run/args.json", changed(lambda c: c.update(samples="many")), "--samples 'many'"),
-    "arguments of an unknown dataset": ("run/args.json", changed(lambda c: c.update(dataset="x")), "--dataset 'x'"),
     "arguments of a list for a number": ("run/args.json", changed(lambda c: c.update(num_beams=[1])), "--num-beams [1]"),
     "results of something else": ("run/results.json", holds({"score": 1}), "a list of rows"),
-    "results cut": ("run/results.json", cut(0.5), "complete JSON"),
     "predictions garbled": ("run/predictions.jsonl", holds(b'{"dataset": 1}\n{"data\n'), "a prediction, a JSON object"),
 }
 
@@ -337,20 +283,6 @@ def test_a_folder_that_cannot_be(main, tmp_path, capsys):
         check(complaint(main, [*words, "--out", out], capsys), [out, "a folder that can be written"])
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs users and limits of processes")
-def test_a_folder_that_may_not_be_written(command, tmp_path):
-    """As a user who may not, whoever runs the tests."""
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    shutil.copytree(TINY, tmp_path / "model")
-    (tmp_path / "closed").mkdir(mode=0o555)
-    for script, words in (("train.py", RUN), ("eval.py", ["--limit", "1"])):
-        status, errors = command(script, [*words, "--model", tmp_path / "model", "--out", tmp_path / "closed/run"], user=65534)
-        assert status == 2, errors
-        assert errors.endswith("closed/run: expected a folder that can be written, found: Permission denied\n"), errors
-    assert not list((tmp_path / "closed").iterdir())
-
-
 @pytest.mark.skipif(os.name != "posix", reason="needs limits of processes")
 @pytest.mark.parametrize("script, file, size", [
     ("train.py", "args.json", 300), ("train.py", "state.safetensors", 17_500), ("eval.py", "predictions.jsonl", 4000)])
@@ -378,15 +310,12 @@ def test_too_little_memory_for_a_batch(command, tmp_path, script, words, option)
     assert line.count("\n") == 1
 
 
-@pytest.mark.parametrize("main, words", [
-    (train.main, ["--lr", "nan"]), (train.main, ["--lr", "-1"]), (train.main, ["--warmup", "2"]), (train.main, ["--clip", "0"]),
-    (train.main, ["--lambda-ce", "inf"]), (evaluation.main, ["--length-penalty", "1e308"])])
-def test_numbers_that_cannot_be(main, words, tmp_path, capsys):
-    check(complaint(main, [*words, "--out", tmp_path / "run"], capsys), [words[0], "found", f"{float(words[1]):g}"])
+@pytest.mark.parametrize("words", [["--lr", "nan"], ["--warmup", "2"], ["--lambda-ce", "inf"]])
+def test_numbers_that_cannot_be(words, capsys):
+    check(complaint(train.main, words, capsys), [words[0], "found", f"{float(words[1]):g}"])
 
 
-@pytest.mark.parametrize("words", ["live --mu one", "mimic --rank 4", "hificl --scope all", "live --align-on ffn",
-                                   "lora --z2 masked", "stave --lambda-align 1", "live --share-icds"])
+@pytest.mark.parametrize("words", ["mimic --rank 4", "live --align-on ffn", "stave --lambda-align 1"])
 def test_an_option_of_another_method_is_refused(words, capsys):
     found = complaint(train.main, ["--method", *words.split()], capsys)
     check(found, [f"expected options that --help names, found {words.split()[1]}"])
@@ -417,36 +346,25 @@ ODD = [None, True, False, 0, -1, 2 ** 63, 10 ** 30, 0.5, 1e308, float("nan"), ""
 
 
 def mutated_json(content, r):
-    """Somewhere in the tree: another value, a key that is gone, an entry twice."""
-    content = json.loads(json.dumps(content))
+    """Somewhere in the tree: another value, or one that is gone."""
     node = content
     while True:
-        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
-        if not keys:
-            return r.choice(ODD)
-        key = r.choice(keys)
-        if isinstance(node[key], (dict, list)) and node[key] and r.random() < 0.8:
-            node = node[key]
-            continue
-        harm = r.randrange(4)
-        if harm == 0:
-            del node[key]
-        elif harm == 1 and isinstance(node, list):
-            node.append(node[key])
-        else:
-            node[key] = r.choice(ODD)
-        return content
+        key = r.choice(list(node) if isinstance(node, dict) else range(len(node)))
+        if not isinstance(node[key], (dict, list)) or not node[key] or r.random() < 0.2:
+            break
+        node = node[key]
+    if r.random() < 0.3:
+        del node[key]
+    else:
+        node[key] = r.choice(ODD)
+    return content
 
 
 def mutated_bytes(whole, r):
-    """Cut, overwritten, with a part that is gone, twice or filled with zeros."""
-    at, n = r.randrange(len(whole)), r.choice([1, 2, 8, 100, 4000])
-    if r.random() < 0.5:                                       # most of what is checked stands at the beginning
-        at = r.randrange(min(len(whole), 400))
-    return r.choice([
-        lambda: whole[:at], lambda: whole[:at] + r.randbytes(n) + whole[at + n:], lambda: whole[:at] + whole[at + n:],
-        lambda: whole[:at] + whole[at:at + n] * 2 + whole[at + n:], lambda: whole[:at] + bytes(n) + whole[at + n:],
-        lambda: whole[:at] + r.randbytes(n) + whole[at:]])()
+    """Cut, overwritten, with a part that is gone or new; often near the beginning, where most of what is checked stands."""
+    at, n = r.randrange(min(len(whole), r.choice([400, len(whole)]))), r.choice([1, 2, 8, 100, 4000])
+    rest = r.choice([b"", r.randbytes(n) + whole[at + n:], whole[at + n:], r.randbytes(n) + whole[at:]])
+    return whole[:at] + rest
 
 
 def mutate(path, r):
@@ -458,16 +376,10 @@ def mutate(path, r):
 
 
 @pytest.fixture
-def readers(shared, toy_world, tmp_path):
+def readers(shared, world, toy_world, tmp_path):
     """(file, what reads it), for every kind of file that is read."""
     model, processor = load_model(TINY)
-    data = tmp_path / "data"
-    for name in ("okvqa", "vqav2"):
-        shutil.copytree(shared / "data" / name, data / name, copy_function=shutil.copyfile)
-    (data / "coco").mkdir()
-    shutil.copyfile(shared / "data/coco/dataset_coco.json", data / "coco/dataset_coco.json")
-    for folder in (data, *data.iterdir()):
-        folder.chmod(0o755)
+    data = world / "data"
     pairs = [(path, lambda d=path.parent.name, s="train" if "train" in path.name else "val": load(d, data, s))
              for path in sorted(data.glob("*/*.json"))]
     picture, files = Image.open(next((shared / "data/coco/val2014").glob("*.jpg"))).resize((60, 50)), []
@@ -525,14 +437,3 @@ def test_nothing_reads_pickles_or_runs_what_it_reads():
     found = [(p.name, line.strip()) for p in files for line in p.read_text().splitlines()
              if re.search(forbidden, line.split("#")[0]) and "expected" not in line]
     assert len(files) > 20 and found == []
-
-
-def test_a_run_opens_no_connection_and_no_pickle(tmp_path, monkeypatch):
-    def never(*arguments, **options):
-        raise AssertionError("this must not be called")
-    for module, name in (socket.socket, "connect"), (socket, "getaddrinfo"), (pickle, "load"), (pickle, "loads"):
-        monkeypatch.setattr(module, name, never)
-    train.main([*RUN, "--method", "lora", "--out", str(tmp_path / "lora")])
-    layerwise.main(["--samples", "6", "--dev-samples", "2", "--limit", "2", "--shots", "1", "--out", str(tmp_path / "fit")])
-    for words in (["--run", str(tmp_path / "lora")], ["--method", "rices", "--shots", "2"], ["--method", "task-vector"]):
-        evaluation.main([*words, "--limit", "2", "--samples", "9", "--out", str(tmp_path / "eval")])

@@ -2,30 +2,25 @@
 
 import csv
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_model, small
 
 import baselines
 import eval as evaluation
 import models
 import train
-from data import TEMPLATES, collate, draw, encode_images, load
+from data import TEMPLATES, collate, draw, load
 from eval import answer
-from experiments import layerwise
 from model import Idefics2, Shifts
 from models.idefics1 import Idefics1
-from support.files import InputError
 from train import losses, parse
 
 ADAPTERS = baselines.adapters()
 
 
 def run(out, *options):
-    return train.main(["--samples", "24", "--dev-samples", "6", "--limit", "12", "--epochs", "2", "--compare", "0",
+    return train.main(["--samples", "12", "--dev-samples", "4", "--limit", "12", "--epochs", "2", "--compare", "0",
                        "--out", str(out), *options])
 
 
@@ -59,44 +54,21 @@ def check_again(folder, rows):
     assert [x["prediction"] for x in said[0] if x["method"] == again["method"]] == [x["prediction"] for x in said[1]]
 
 
-@pytest.mark.parametrize("options", [*ADAPTERS, "live --official", "lora --official", "lora --scope all",
-                                     "lora --lambda-align 1 --targets o_proj --rank 1"])
+@pytest.mark.parametrize("options", [*ADAPTERS, "live --official", "lora --lambda-align 1 --targets o_proj --rank 1"])
 def test_a_run_trains_and_eval_of_it_scores_the_same(options, tmp_path):
     rows = run(tmp_path, "--method", *options.split())
     method = rows[-1]["method"]
     assert method in ADAPTERS and rows[0]["method"] == "zero-shot" and rows[0]["prompt_tokens"] == 9
     assert rows[-1]["prompt_tokens"] == 9 + 20 * (method == "prompt-tuning")        # the zero-shot prompt is untouched
     log = list(csv.DictReader(open(tmp_path / "log.csv")))
-    assert len(log) == 12 and all(float(r["grad_norm"]) > 0 for r in log)
+    assert len(log) == 6 and all(float(r["grad_norm"]) > 0 for r in log)
     check_again(tmp_path, rows)
 
 
-@pytest.fixture(scope="module")
-def toy_idefics1(tmp_path_factory):
-    """A tiny random Idefics1 that has the toy world's words."""
-    folder = save_model(tmp_path_factory.mktemp("toy") / "idefics1", small("idefics1", 122))
-    return Path(shutil.copy("checkpoints/tiny/tokenizer.json", folder)).parent
-
-
-@pytest.mark.parametrize("options", ["", "layerwise", "--share-icds", "--method lora --scope all",
-                                     "--dataset toy-caption --method stave"])
-def test_the_toy_world_runs_through_an_idefics1(options, toy_idefics1, tmp_path):
-    words = ["--model", str(toy_idefics1), "--shots", "2"]
-    if options == "layerwise":
-        rows = layerwise.main([*words, "--samples", "24", "--limit", "12", "--out", str(tmp_path)])
-    else:
-        rows = run(tmp_path, *words, "--epochs", "1", *options.split())
-    check_again(tmp_path, rows)
-    assert rows[-1]["prompt_tokens"] == 9 - 3 or "toy-caption" in options           # a picture is one token here, four in the toy
-
-
-def test_the_model_says_how_many_demonstrations_and_epochs_are_the_papers(toy_idefics1, tmp_path):
-    assert of_method("mimic", "--model", str(toy_idefics1)).shots == 32 and of_method("mimic").shots == 8
-    assert of_method("stave", "--model", str(toy_idefics1)).shots == 1
+def test_the_model_says_how_many_demonstrations_and_epochs_are_the_papers(tiny_idefics1):
+    assert of_method("mimic", "--model", str(tiny_idefics1)).shots == 32 and of_method("mimic").shots == 8
+    assert of_method("stave", "--model", str(tiny_idefics1)).shots == 1
     assert (Idefics1.epochs, Idefics2.epochs) == (10, 5)
-    row = evaluation.main(["--model", str(toy_idefics1), "--method", "icl", "--limit", "2", "--num-beams", "1", "--out",
-                           str(tmp_path)])
-    assert row["shots"] == 32
 
 
 def test_without_a_teacher_nobody_reads_demonstrations():
@@ -109,31 +81,12 @@ def test_without_a_teacher_nobody_reads_demonstrations():
     assert of_method("mimic", "--lambda-align", "0").shots == 0 and of_method("lora", "--lambda-align", "1").shots == 8
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--method", "hificl", "--official"], "--official: expected a method "),
-    (["--method", "prompt-tuning", "--lambda-align", "1"], "expected options that --help names, found --lambda-align"),
-    (["--method", "lora", "--targets", "w_q"], "--targets: expected names of linear layers .* found w_q")])
-def test_what_does_not_go_together_is_refused_in_one_line(options, message, tmp_path):
-    with pytest.raises(InputError, match=message):
-        run(tmp_path / "run", *options)
-
-
 def test_lora_everywhere_trains_the_vision_tower_through_the_pictures(tiny):
     model, processor, queries, icds = tiny
     lora = random_lora(model, scope="all")
     losses(model, lora, collate(queries, icds, processor, TEMPLATES["toy"]), {}, lambda_align=0)[1].backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in lora.parameters())
     assert any("vision_model" in name for name in lora.A) and all(p.grad is None for p in model.parameters())
-
-
-def test_dropout_is_for_training_alone(tiny):
-    model, processor, queries, icds = tiny
-    lora, features = random_lora(model, dropout=0.5), encode_images(model, processor, queries, {})
-    batch = collate(queries, icds, processor, TEMPLATES["toy"])
-    for _ in range(2):
-        ce = {losses(model, lora, batch, features, lambda_align=0)[1].item() for _ in range(2)}
-        assert len(ce) == 1 + lora.training
-        lora.eval()
 
 
 def test_the_answers_of_the_base_model_do_not_change_with_an_adapter_in_between(tiny):
@@ -152,8 +105,8 @@ def test_the_answers_of_the_base_model_do_not_change_with_an_adapter_in_between(
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
-def test_every_method_runs_on_real_pictures_and_questions(method, either_folder, shared, tmp_path):
-    words = ["--dataset", "okvqa", "--model", str(either_folder), "--data", str(shared / "data"), "--out", str(tmp_path)]
+def test_every_method_runs_on_real_pictures_and_questions(method, tiny_idefics1, shared, tmp_path):
+    words = ["--dataset", "okvqa", "--model", str(tiny_idefics1), "--data", str(shared / "data"), "--out", str(tmp_path)]
     row, = train.main([*words, "--method", method, "--samples", "6", "--epochs", "1", "--limit", "2", "--num-beams", "2",
                        "--shots", "2"])
     assert row["method"] == method and row["n"] == 2 and row["score_of"] == "stemmed"

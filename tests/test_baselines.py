@@ -15,8 +15,6 @@ from safetensors.torch import save_file
 
 import baselines
 import models
-from baselines.hificl import HiFICL
-from baselines.live import LIVE
 from baselines.lora import LoRA
 from baselines.prompt_tuning import PromptTuning
 from baselines.stave import STAVE, Parted, cue_length
@@ -179,19 +177,6 @@ def of_answers(model, rows, features, shifts):
             yield found[t - 1], ids[t]
 
 
-@pytest.mark.parametrize("kl_late", [False, True])
-def test_lives_kl_compares_what_comes_before_each_token_of_the_answer(toy, kl_late):
-    """The official code's: before the second of them and on, and behind the last."""
-    model, batch, features = toy
-    live = trained("live", model)
-    align, ce = LIVE.losses(model, live, batch, features, kl_late=kl_late)
-    p, q = (list(of_answers(model, rows, features, who)) for rows, who in ((batch.teacher, None), (batch.student, live)))
-    torch.testing.assert_close(ce, -sum(found[token] for found, token in q) / len(q))
-    kl = sum((a.exp() * (a - b)).sum() for (a, _), (b, _) in zip(p, q, strict=True)) / len(q)
-    assert (align - kl).abs() > 1e-3 if kl_late else torch.allclose(align, kl, rtol=1e-5)
-    assert LIVE.losses(model, live, batch, features, lambda_align=0) == (0, ce)
-
-
 def test_staves_loss_is_the_mean_of_two_behind_the_query_and_behind_demonstrations_and_query(toy):
     model, batch, features = toy
     stave, total = trained("stave", model), 0
@@ -255,10 +240,6 @@ def test_decoding_with_a_cache_equals_the_full_forward(model, method):
         rows.part[:, n:] = ANSWER                                          # STAVE is told what was generated
         full = student.hidden_states(ids, mask, features, Parted(adapter, rows) if method == "stave" else adapter)
     torch.testing.assert_close(torch.cat(states, 1)[mask], full[mask], **CLOSE)
-
-
-def test_hificl_starts_with_virtual_values_of_zero():
-    assert not HiFICL(1, 2, 4, 3, 2).V_B.any() and HiFICL(1, 2, 4, 3, 2).K_B.any()
 
 
 @pytest.mark.parametrize("name, value", [("rank", "8"), ("alpha", "two")])

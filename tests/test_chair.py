@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from metrics.chair import caption_objects, chair, read_synonyms, singular
+from metrics.chair import caption_objects, chair, read_synonyms
 from support.files import InputError
 from tools import score
 
@@ -38,11 +38,6 @@ def test_the_objects_of_a_caption_by_hand(caption, objects):
 
 def test_a_line_names_the_node_first_and_of_two_lines_the_later_counts():
     assert read_synonyms("a, b c ,d\n\nd, e\n,\n") == {"a": "a", "b c": "a", "d": "d", "e": "d"}
-
-
-def test_only_plurals_of_known_words_are_made_singular():
-    assert [singular(w, {"bus", "box", "leaf"}) for w in ("buses", "boxes", "leaves", "glass", "us", "bus", "cars")] == [
-        "bus", "box", "leaf", "glass", "us", "bus", "cars"]
 
 
 PLURALS = """men women kids children ladies guys babies passengers policemen bicycles bikes cars vans taxis motorcycles airplanes
@@ -119,11 +114,9 @@ def instances(root):
 
 @pytest.mark.parametrize("harm, message", [
     (lambda root: (root / "synonyms.txt").unlink(), "synonyms.txt: expected a synonym list"),
-    (lambda root: (root / "synonyms.txt").write_text("\n"), "synonyms.txt: expected a synonym list"),
     (lambda root: (root / "synonyms.txt").write_bytes(b"\xff"), "synonyms.txt: expected a synonym list"),
     (lambda root: (root / "synonyms.txt").write_text("dog\n"), "synonyms.txt: .* for every category of COCO, found:? no 'cat'"),
     (lambda root: instances(root).unlink(), "instances_val2014.json: expected .*, found no file"),
-    (lambda root: instances(root).write_text("[]"), "instances_val2014.json: expected COCO's instances in every picture, found"),
     (lambda root: instances(root).write_text('{"images": [], "categories": [], "annotations": []}'),
      "instances_val2014.json: expected COCO's instances in every picture, found:? no 139")])
 def test_a_bad_file_is_named_in_one_line(root, harm, message):

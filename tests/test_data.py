@@ -73,7 +73,7 @@ def samples_of(n):
 
 
 def test_demonstrations_are_drawn_without_replacement_never_the_query_and_alike_for_a_seed():
-    pool, counts = samples_of(10), np.zeros(10)
+    pool, counts, global_state = samples_of(10), np.zeros(10), random.getstate()
     for i in range(2000):
         picked = pick_icds(pool, pool[3], 4, f"seed {i}")
         assert len({s.id for s in picked}) == 4 and pool[3] not in picked
@@ -83,6 +83,7 @@ def test_demonstrations_are_drawn_without_replacement_never_the_query_and_alike_
     assert len(pick_icds(pool, pool[3], 9, "x")) == 9 and len(pick_icds(pool, samples_of(11)[10], 10, "x")) == 10
     with pytest.raises(InputError, match="at least 10 training samples"):
         pick_icds(pool, pool[3], 10, "x")
+    assert random.getstate() == global_state
 
 
 # -- tokens
@@ -179,7 +180,7 @@ def test_every_jpeg_becomes_the_same_pixels_bit_by_bit(shared, eyes):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "LA", "RGBA", "CMYK", "I;16", "I", "F"])
-@pytest.mark.parametrize("size", [(1, 1), (50, 31), (200, 300), (981, 980), (1300, 700), (100, 1100)])
+@pytest.mark.parametrize("size", [(1, 1), (50, 31), (981, 980), (100, 1100)])
 def test_any_picture_becomes_the_same_pixels_bit_by_bit(eyes, mode, size):
     r = np.random.default_rng(0)
     if mode == "I;16":
@@ -248,12 +249,6 @@ def test_official_separators_are_masked_and_of_no_part(either):
     assert not (batch.student.part == data.INSTRUCTION).any() and batch.sequence.sum() == batch.student.attention_mask.sum() - 1
 
 
-def test_the_loss_reads_the_answer_and_its_end(either):
-    queries, _, batch = batch_of(either)
-    for query, ids, answer in zip(queries, batch.student.input_ids, batch.answer, strict=True):
-        assert either.decode(ids[answer]) == f"{query.target}\n" and ids[-1] == either.newline_id
-
-
 def test_what_is_trained_begins_with_what_is_prompted_at_evaluation(either):
     queries, icds, batch = batch_of(either)
     for demonstrations, rows in ((icds, batch.teacher), ([[]] * 3, batch.student)):
@@ -296,14 +291,6 @@ def test_special_tokens_written_in_a_question_are_not_special(either):
     batch = collate([evil], [[evil]], either, either.templates["vqa"])
     assert (batch.student.input_ids == either.image_ids[1]).sum() == either.tokens_per_image
     assert "{question} {0} a tag?" in either.decode(batch.student.input_ids[0])
-
-
-def test_shuffling_a_seed_does_not_touch_the_global_random_state():
-    random.seed(5)
-    expected = random.random()
-    random.seed(5)
-    pick_icds(samples_of(10), samples_of(10)[0], 3, "x")
-    assert random.random() == expected
 
 
 def test_okvqa_answers_are_stemmed_as_the_official_ones_are(shared, tmp_path):

@@ -19,9 +19,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 LESSON = (REPOSITORY / "docs/lesson.md").read_text(encoding="utf-8")
 COMMANDS = [(lines[0].removeprefix("$ "), lines[1:]) for lines in
             (block.splitlines() for block in re.findall(r"```console\n(.*?)```", LESSON, re.S))]
-SHORT = ["--samples", "24", "--dev-samples", "4", "--epochs", "1", "--limit", "12", "--shots", "2"]
-SMALL = {"train.py": SHORT, "experiments.explain": ["--queries", "12", "--draws", "2"],       # whole runs have other numbers
-         "experiments.layerwise": ["--limit", "12"]}
+SHORT = ["--samples", "12", "--dev-samples", "4", "--epochs", "1", "--limit", "6", "--shots", "2"]
+SMALL = {"train.py": SHORT, "experiments.explain": ["--queries", "6", "--draws", "2"],       # whole runs have other numbers
+         "experiments.layerwise": ["--limit", "6"]}
 
 
 def plain(line, numbers):

@@ -114,8 +114,7 @@ def test_only_what_the_options_ask_for_is_fetched(server, tmp_path):
 
 
 @pytest.mark.parametrize("faults", [
-    ["drop"], ["drop", "drop", "drop"], ["too long"], ["too short"], [500], [503, "drop", 429, "drop"], ["rubbish"],
-    ["no length"], ["drop", "rubbish", "too long"]])
+    ["drop", "drop", "drop"], ["too long"], ["too short"], [503, "drop", 429, "drop"], ["rubbish"], ["no length"]])
 @pytest.mark.parametrize("path", [PICTURE, QUESTIONS])
 def test_after_faults_of_the_server_the_files_are_the_published_ones(server, tmp_path, expected, path, faults):
     server.faults[path] = list(faults)
@@ -125,8 +124,7 @@ def test_after_faults_of_the_server_the_files_are_the_published_ones(server, tmp
     assert server.faults[path] == []
 
 
-@pytest.mark.parametrize("fault, message", [
-    ("rubbish", "expected a complete"), (500, "HTTP Error 500"), ("too short", "expected a complete"), (404, "HTTP Error 404")])
+@pytest.mark.parametrize("fault, message", [("rubbish", "expected a complete"), (500, "HTTP Error 500")])
 @pytest.mark.parametrize("path", [PICTURE, QUESTIONS])
 def test_a_server_that_never_sends_the_file_is_one_line_that_names_it(server, tmp_path, path, fault, message):
     server.faults[path] = [fault] * 20

@@ -41,7 +41,7 @@ SEARCHES = {"greedy": dict(num_beams=1), "beams_3_penalty_0": dict(num_beams=3, 
 ENDS = {"one_end": dict(eos_token_id=2),
         "two_ends_and_banned_words": dict(eos_token_id=[2, 7], bad_words_ids=[[56], [57], [11], [30]]),
         "six_ends": dict(eos_token_id=[2, 7, 8, 9, 10, 11])}     # so many that all of the best 2K continuations may end
-SEEDS = range(10)
+SEEDS = range(7)
 
 
 @pytest.fixture(scope="module", params=[(kind, ends) for kind in (Idefics2, Idefics1) for ends in ENDS],
@@ -139,16 +139,6 @@ def test_bf16_models_generate(golden, beams):  # noqa: F811
 
 
 # ---- Passes without gradients take the library's kernel, those with gradients our own attention
-def test_shifts_that_read_lse_make_the_same_logits_with_and_without_gradients(golden):  # noqa: F811
-    torch.manual_seed(0)
-    mimic = MimIC.for_model(golden.exact).double()
-    torch.nn.init.normal_(mimic.vector)
-    given = golden.input_ids, golden.attention_mask, golden.exact_features, mimic
-    with torch.no_grad():
-        without = golden.exact(*given)
-    torch.testing.assert_close(golden.exact(*given)[golden.keep], without[golden.keep], **EXACT)
-
-
 @pytest.mark.parametrize("last", [1, 4])
 def test_the_last_columns_alone_are_those_of_the_whole_pass(golden, last):  # noqa: F811
     torch.manual_seed(0)

@@ -110,18 +110,12 @@ def test_what_a_config_says_is_taken(tmp_path):
 
 @pytest.mark.parametrize("kind, config, words", [
     (Config, {"model_type": "llava"}, ["model_type", "'idefics2'", "'llava'"]),
-    (Config, {"model_type": None}, ["'idefics2'", "None"]),
-    (Config, {"text_config": [1]}, ["dictionary"]),
     (Config, {"text_config": {"hidden_size": "4096"}}, ["hidden_size '4096'", "int"]),
     (Config, {"vision_config": {"patch_size": 14.5}}, ["patch_size 14.5", "int"]),
     (Config, {"vision_config": {"num_hidden_layers": -1}}, ["num_hidden_layers -1", "int in 0 … 1000"]),
-    (Config, {"perceiver_config": {"resampler_depth": True}}, ["resampler_depth", "int", "True"]),
     (Config, {"text_config": {"hidden_act": "gelu"}}, ["hidden_act", "'silu'", "'gelu'"]),
     (Config, {"text_config": {"rope_scaling": {"type": "yarn"}}}, ["type 'yarn'", "'default'"]),
-    (Config, {"text_config": {"rope_parameters": "default"}}, ["'str' object"]),
-    (Config, {"image_token_id": "<image>"}, ["image_token_id", "<image>"]),
-    (Config, {"text_config": {"hidden_size": float("nan")}}, ["hidden_size nan"]),
-    (Config, {"text_config": {"num_attention_heads": 0}}, ["zero"]),
+    (Config, {"vision_config": {"num_attention_heads": 7}}, ["hidden_size 1152", "num_attention_heads 7"]),
     (Idefics1Config, {"model_type": "idefics2"}, ["model_type", "'idefics'", "'idefics2'"]),
     (Idefics1Config, {"vision_config": {"hidden_act": "quick_gelu"}}, ["hidden_act", "'gelu'", "'quick_gelu'"]),
     (Idefics1Config, {"additional_vocab_size": -2}, ["additional_vocab_size", "-2"]),
@@ -131,7 +125,7 @@ def test_a_config_this_model_is_not_is_refused_in_one_line(tmp_path, kind, confi
     complaint(lambda: read_config(tmp_path, config, kind), tmp_path / "config.json", *words)
 
 
-@pytest.mark.parametrize("config", [{"model_type": "llava"}, {"model_type": ["idefics"]}, {}, [1], "{"])
+@pytest.mark.parametrize("config", [{"model_type": "llava"}, {}, [1], "{"])
 def test_a_folder_of_no_known_model_is_refused_in_one_line(tmp_path, config):
     (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     complaint(lambda: models.of(tmp_path), tmp_path / "config.json", "expected")
@@ -145,8 +139,8 @@ def test_shards_give_the_same_model_as_one_file(folder):
     assert same(load(folder.parent / "sharded"), whole)
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored, wanted", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32),
+                                            (torch.float16, torch.float16)])
 def test_every_stored_dtype_loads_as_every_wanted_one(folder, stored, wanted):
     edit(folder, lambda tensors: tensors.update({name: x.to(stored) for name, x in tensors.items()}))
     tensors, model = load_file(folder / "model.safetensors"), load(folder, dtype=wanted)
@@ -164,11 +158,12 @@ def test_leftovers_of_published_files_are_ignored(folder):
 
 
 @pytest.mark.parametrize("change, words", [
+    (lambda t, text: t.update({text + NORM: torch.ones(64).long()}), [NORM, "torch.int64", "no floating point"]),
     (lambda t, text: t.update({text + NORM: torch.ones(63)}), ["size mismatch", NORM, "[63]", "[64]"]),
     (lambda t, text: (t.pop(text + DOWN), t.update({"extra": torch.ones(1), text + NORM: torch.ones(64, 1)})),
      ["Missing", DOWN, "Unexpected", "extra", "size mismatch"]),
     (lambda t, text: [t.pop(name) for name in list(t) if name.startswith(text + "layers")], ["Missing", "layers.0."])],
-    ids=["misshapen", "all_three", "many"])
+    ids=["integers", "misshapen", "all_three", "many"])
 def test_tensors_that_do_not_fit_the_config_are_listed(folder, change, words):
     edit(folder, lambda tensors: change(tensors, TEXT[folder.name]))
     assert len(complaint(lambda: load(folder), folder, *words)) < 500
@@ -189,10 +184,8 @@ def harm(name, content=None):
     (shutil.rmtree, ["expected a model folder", "no such folder"]),
     (harm("config.json"), ["config.json", "complete JSON", "found no file"]),
     (harm("config.json", 100), ["config.json", "complete JSON"]),
-    (harm("generation_config.json", 10), ["generation_config.json", "complete JSON"]),
     (harm("generation_config.json", "[1]"), ["generation_config.json", "expected"]),
     (harm("generation_config.json", '{"bad_words_ids": [[5, 6]]}'), ["bad_words_ids", "too many"]),
-    (harm("generation_config.json", '{"bad_words_ids": [5]}'), ["bad_words_ids", "int"]),
     (harm("generation_config.json", '{"eos_token_id": "</s>"}'), ["token ids", "'<'"]),
     (harm("model.safetensors", 5000), ["model.safetensors", "complete safetensors file"])])
 def test_damaged_folders_are_refused_in_one_line(folder, damage, words):
@@ -204,9 +197,8 @@ INDEX, SHARD = "model.safetensors.index.json", "model-00002-of-00003.safetensors
 
 
 @pytest.mark.parametrize("damage, words", [
-    (harm(SHARD), [SHARD, "found no file"]), (harm(SHARD, 3000), [SHARD, "complete safetensors"]),
-    (harm(INDEX, 50), [INDEX, "complete JSON"]), (harm(INDEX, "{}"), [INDEX, "weight_map"]),
-    (harm(INDEX, "[]"), [INDEX, "weight_map"]), (harm(INDEX, '{"weight_map": {"a": 1}}'), [INDEX, "weight_map"])])
+    (harm(SHARD), [SHARD, "found no file"]), (harm(INDEX, "{}"), [INDEX, "weight_map"]),
+    (harm(INDEX, '{"weight_map": {"a": 1}}'), [INDEX, "weight_map"])])
 def test_damaged_shards_are_refused_in_one_line(folder, damage, words):
     shard(folder)
     damage(folder)
@@ -214,8 +206,8 @@ def test_damaged_shards_are_refused_in_one_line(folder, damage, words):
 
 
 @pytest.mark.parametrize("written, ends, banned, pad", [
-    (None, {2}, set(), 0), ({}, {2}, set(), 0), ({"eos_token_id": 7, "pad_token_id": 3}, {7}, set(), 3),
-    ({"eos_token_id": [2, 9], "bad_words_ids": [[4], [5]]}, {2, 9}, {4, 5}, 0), ({"eos_token_id": 0}, {0}, set(), 0)])
+    (None, {2}, set(), 0), ({"eos_token_id": 0, "pad_token_id": 3}, {0}, set(), 3),
+    ({"eos_token_id": [2, 9], "bad_words_ids": [[4], [5]]}, {2, 9}, {4, 5}, 0)])
 def test_end_banned_and_pad_ids_come_from_the_generation_config(folder, written, ends, banned, pad):
     path = folder / "generation_config.json"
     path.unlink() if written is None else path.write_text(json.dumps(written))

@@ -68,13 +68,6 @@ def test_a_dataset_of_ones_own_is_trained_evaluated_shown_and_scored(root, tiny_
         assert sheet.size == (4 * 254 + 14, 84 + 3 * 324)
 
 
-@pytest.mark.parametrize("method", ["icl", "rices", "task-vector"])
-def test_methods_that_need_no_training_answer_it(root, tiny_folder, method):
-    row = evaluation.main(["--dataset", "vizwiz", "--data", str(root), "--model", str(tiny_folder), "--device", "cpu",
-                           "--num-beams", "1", "--out", str(root / "out"), "--method", method, "--shots", "2"])
-    assert row["n"] == 5 and row["score"] is not None
-
-
 def test_its_mistakes_are_one_line(root):
     (root / "vizwiz/val.json").write_text('[{"image": "a.jpg", "question": "?"}]')
     with pytest.raises(InputError, match="val.json: expected questions of VizWiz with answers, found:? no 'answers'"):

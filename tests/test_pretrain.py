@@ -65,10 +65,10 @@ def test_a_short_run_writes_a_complete_folder_with_settings_of_its_own(tmp_path,
     assert Idefics2.from_pretrained(tmp_path).config.text.num_hidden_layers == 1
 
 
-def accuracy(tiny, kind, shots, change=lambda demonstrations, other: demonstrations):
-    """Share of 100 never-seen episodes answered right by generation; `change` gets a row's demonstrations and another row's."""
+def accuracy(tiny, kind, shots, another=0):
+    """Share of 100 never-seen episodes answered right by generation, with the demonstrations of an episode so many before it."""
     rows = never_seen(kind)
-    icds = [change(row[8 - shots:8], rows[n - 1][8 - shots:8]) for n, row in enumerate(rows)]
+    icds = [rows[n - another][8 - shots:8] for n in range(len(rows))]
     features = encode_images(*tiny, sum(rows, []), FEATURES)
     said = answer(*tiny, kind, [row[8] for row in rows], icds, features=features, num_beams=1, batch_size=100)
     return np.mean([text == row[8].target for text, row in zip(said, rows, strict=True)])
@@ -82,19 +82,7 @@ def test_never_seen_rules_are_learnt_from_eight_demonstrations(tiny, kind):
 
 def test_demonstrations_of_another_rule_are_of_no_use(tiny):
     for kind in world.KINDS:
-        assert accuracy(tiny, kind, 8, lambda own, other: other) <= 0.3
-
-
-def test_answers_swapped_among_the_demonstrations_destroy_the_score(tiny):
-    def shift_answers(own, other):
-        targets = [s.target for s in own]
-        return [replace(s, target=t) for s, t in zip(own, targets[3:] + targets[:3], strict=True)]
-    assert accuracy(tiny, "toy", 8, shift_answers) <= 0.4
-
-
-def test_the_order_of_the_demonstrations_hardly_matters(tiny):
-    for kind in world.KINDS:
-        assert abs(accuracy(tiny, kind, 8, lambda own, other: own[::-1]) - accuracy(tiny, kind, 8)) <= 0.08
+        assert accuracy(tiny, kind, 8, another=1) <= 0.3
 
 
 def test_the_checkpoint_is_small():

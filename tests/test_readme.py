@@ -15,8 +15,9 @@ PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in DOCS),
 TEXT = {page: (REPOSITORY / page).read_text(encoding="utf-8") for page in PAGES}
 BLOCKS = [block for text in TEXT.values() for block in re.findall(r"```bash\n(.*?)```", text, re.S)]
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
-SMALL = {"train.py": ["--limit", "2", "--samples", "40", "--epochs", "1"], "eval.py": ["--limit", "2"], "tools.show": [],
-         "experiments.layerwise": ["--limit", "2", "--samples", "20"]}
+SMALL = {"train.py": ["--limit", "2", "--samples", "12", "--dev-samples", "9", "--epochs", "1"],
+         "eval.py": ["--limit", "2"], "tools.show": [],
+         "experiments.layerwise": ["--limit", "2", "--samples", "9"]}
 
 
 def test_two_commands_do_all_set_up():

@@ -61,7 +61,7 @@ def test_training_killed_at_random_moments_ends_with_the_same_bytes(command, tmp
     assert command("train.py", [*LORA, "--out", tmp_path / "whole"])[0] == 0
     seconds, expected = time.perf_counter() - began, outcome(tmp_path / "whole")
     assert len(expected["log.csv"]) == 4 * 6 and "state.safetensors" not in expected and not [n for n in expected if "tmp" in n]
-    kills = killed_often(command, "train.py", LORA, tmp_path, expected, 12, lambda: r.uniform(0.02, 0.6 * seconds))
+    kills = killed_often(command, "train.py", LORA, tmp_path, expected, 6, lambda: r.uniform(0.02, 0.6 * seconds))
     print(f"training of {seconds:.1f} s: {sum(kills)} kills, each time the same {len(expected['lora.safetensors'])} bytes")
 
 
@@ -71,7 +71,7 @@ def test_evaluation_killed_at_random_moments_ends_with_the_same_predictions(comm
     assert command("eval.py", [*words, "--out", tmp_path / "whole"])[0] == 0
     seconds, expected = time.perf_counter() - began, outcome(tmp_path / "whole")
     assert len(expected["predictions.jsonl"].splitlines()) == 60
-    kills = killed_often(command, "eval.py", words, tmp_path, expected, 12, lambda: r.uniform(0.02, 0.4 * seconds))
+    kills = killed_often(command, "eval.py", words, tmp_path, expected, 6, lambda: r.uniform(0.02, 0.4 * seconds))
     print(f"evaluation of {seconds:.1f} s: {sum(kills)} kills, each time the same {len(expected['predictions.jsonl'])} bytes")
 
 
@@ -122,11 +122,8 @@ def test_a_finished_run_says_so_and_leaves_everything_as_it_is(interrupted, tmp_
     assert files != {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
 
 
-@pytest.mark.parametrize("harm", [
-    lambda path: path.write_bytes(path.read_bytes()[:-9]), lambda path: path.write_bytes(b""),
-    lambda path: (path.parent / "mimic.safetensors").rename(path)])
-def test_a_state_that_is_no_state_is_named(interrupted, tmp_path, harm):
-    harm(tmp_path / "run/state.safetensors")
+def test_a_state_that_is_no_state_is_named(interrupted, tmp_path):
+    (tmp_path / "run/mimic.safetensors").rename(tmp_path / "run/state.safetensors")
     with pytest.raises(InputError, match="state.safetensors: expected the state of this run.*, found"):
         train.main([*interrupted, "--resume", "--epochs", "2"])
 

@@ -10,21 +10,12 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 from data import DATASETS, load
-from metrics.chair import caption_objects, chair, read_synonyms, singular
-from metrics.vqa import vqa_digits_articles, vqa_normalize, vqa_strip
+from metrics.chair import chair, read_synonyms
 from support.files import InputError
 from tools import score
 
 UNICODE = st.text(st.characters(exclude_categories=()), max_size=40)
 COMMON = settings(max_examples=200, deadline=None)
-OKVQA = ["llama2_mcan", "pica_gpt3_VinVL"]
-VQAV2 = ["human_annotator_1", "prior_per_question_type", "restyled_model_strings"]
-
-
-def unpack(source, target):
-    """A copy that data.load can read, unzipped if need be."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(gzip.open(source).read() if source.suffix == ".gz" else source.read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +43,16 @@ def score_file(path, dataset, root, *more):
     return score.main([str(path), "--dataset", dataset, "--data", str(root), *map(str, more)])
 
 
-@pytest.mark.parametrize("system", VQAV2)
-def test_vqav2_scores_of_every_answer_and_question_type_are_the_official_ones(shared, root, system):
-    path, official = golden(shared, "vqa_vqav2_train2014_subset", system)
+def test_vqav2_scores_of_every_answer_and_question_type_are_the_official_ones(shared, root):
+    path, official = golden(shared, "vqa_vqav2_train2014_subset", "human_annotator_1")
     row = score_file(path, "vqav2", root, "--split", "train")
     assert row["score"] == official["accuracy"]["overall"] and row["n"] == official["n_questions"]
     assert row["per_answer_type"] == official["accuracy"]["perAnswerType"]
     assert row["per_question_type"] == official["accuracy"]["perQuestionType"] and len(row["per_question_type"]) > 60
 
 
-@pytest.mark.parametrize("system", OKVQA)
-def test_okvqa_is_scored_stemmed_raw_and_as_the_official_tool_does(shared, root, system, monkeypatch):
-    path, official, official_raw = golden(shared, "vqa_okvqa_val", system)
+def test_okvqa_is_scored_stemmed_raw_and_as_the_official_tool_does(shared, root, monkeypatch):
+    path, official, official_raw = golden(shared, "vqa_okvqa_val", "pica_gpt3_VinVL")
     row = score_file(path, "okvqa", root)
     assert row["score_of"] == "stemmed" and row["score"] > row["unstemmed_score"] + 3
     assert row["unstemmed_score"] == official["accuracy"]["overall"]
@@ -113,10 +102,9 @@ def test_a_part_is_scored_alone_which_is_said(shared, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, message", [
-    ([{"question_id": 1, "answer": "a"}], "question_id 1, which is none of them"), ("twice", "a question_id twice"),
     ([{"question_id": "2971475", "answer": "a"}], "question_id '2971475', which"), ([{"answer": "a"}], "no 'question_id'"),
-    ([{"question_id": [1], "answer": "a"}], "unhashable"), ([{"question_id": 1, "answer": None}], "None in the place of text"),
-    ([], "an empty one"), ({"a": 1}, "indices must be integers"), (None, "complete JSON")])
+    ([{"question_id": 1, "answer": None}], "None in the place of text"), ("twice", "a question_id twice"),
+    ([], "an empty one"), (None, "complete JSON")])
 def test_a_result_file_that_does_not_fit_is_named_in_one_line(shared, tmp_path, content, message):
     path, first = tmp_path / "bad.json", load("okvqa", shared / "data", "val")[0].id
     content = [{"question_id": first, "answer": "a"}] * 2 if content == "twice" else content
@@ -149,17 +137,6 @@ def test_vqav2_is_evaluated_on_the_10000_published_questions_whatever_else_the_f
         load("vqav2", tmp_path, "val")
 
 
-@COMMON
-@given(UNICODE)
-def test_stripping_and_the_step_of_digits_and_articles_change_nothing_twice(text):
-    for step in (vqa_strip, vqa_digits_articles):
-        assert step(step(text)) == step(text)
-
-
-def test_the_whole_normalisation_is_not_idempotent_and_neither_is_the_official_one():
-    assert vqa_normalize("a- b-c") == "bc" and vqa_normalize("a-b-c") == "b c" and vqa_normalize("." * 40) == "." * 8
-
-
 NODES = read_synonyms("dog, puppy\ntoilet\nchair, seat\nwine glass\n")
 
 
@@ -168,10 +145,3 @@ NODES = read_synonyms("dog, puppy\ntoilet\nchair, seat\nwine glass\n")
 def test_any_strings_have_chair_scores_from_0_to_1(items):
     captions, truths = map(list, zip(*items, strict=True))
     assert all(0 <= x <= 1 for x in chair(captions, truths, NODES).values())
-
-
-@COMMON
-@given(st.one_of(UNICODE, st.sampled_from(["puppies", "seats", "glasses"])))
-def test_a_singular_stays_as_it_is_and_only_nodes_are_found(text):
-    assert singular(singular(text, NODES), NODES) == singular(text, NODES)
-    assert set(caption_objects(text, NODES)) <= set(NODES.values())

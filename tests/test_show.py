@@ -65,10 +65,8 @@ def test_what_is_shown_of_real_data_is_the_batch_part_by_part(dataset, more, eit
         shown = {f"ICD {k}": s for k, s in enumerate(before, 1)} | {"query": queries[b]}
         said = {name: processor.decode([int(r["id"]) for r in rows if r["part"] == name]) for name in parts(rows)}
         assert [name for name in said if name[0] in "Iqa" and name != "instruction"] == [*shown, "answer"]
-        assert said["answer"].strip() == queries[b].target and said["query"].endswith((":", ":<end_of_outterance>"))
-        for name, s in shown.items():
-            assert said[name].lstrip().startswith("Image:") and (s.question or "Caption:") in said[name]
-            assert name == "query" or s.target in said[name]
+        assert said["answer"].strip() == queries[b].target
+        assert all((s.question or "Caption:") in said[name] for name, s in shown.items())
 
         # Its pictures
         expected = [f"{k} of {len(shown)}: {s.image_id}" for k, s in enumerate([*before, queries[b]], 1)]
@@ -101,16 +99,9 @@ def test_the_sheet_of_a_toy_says_its_rule_and_shows_as_many_rows_as_asked_for(ca
     assert capsys.readouterr().out.endswith("\n  ".join([f"{path}: toy-caption, task 3", *rule]) + "\n")
 
 
-def test_a_sheet_of_real_samples_has_their_pictures(shared, tmp_path):
-    show.main(["vqav2", "--data", str(shared / "data"), "--png", str(tmp_path / "sheet.png")])
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.width == 4 * 254 + 14 and len(sheet.resize((64, 64)).getcolors(4096)) > 500
-
-
 @pytest.mark.parametrize("words, message", [
-    (["shew"], "invalid choice: 'shew'"), (["toy", "--lamda-ce", "1"], "that --help names, found --lamda-ce"),
-    (["toy", "--task", "100000"], "has no task"), (["toy", "--model", "/nowhere"], "/nowhere: expected a model folder"),
-    (["toy", "--png", "/nowhere/a.png"], "/nowhere/a.png: expected a picture file"),
+    (["toy", "--lamda-ce", "1"], "did you mean --lambda-ce"), (["toy-named", "--task", "500"], "has no task"),
+    (["toy", "--model", "/nowhere"], "/nowhere: expected a model folder"),
     (["toy", "--png", "a.xyz"], "a.xyz: expected a picture file")])
 def test_mistakes_are_one_line(words, message):
     with pytest.raises(InputError, match=message) as error:
