@@ -2,7 +2,6 @@
 that really learns in context."""
 
 import functools
-from dataclasses import replace
 
 import numpy as np
 import pytest
