@@ -28,7 +28,7 @@ from support.files import InputError, fits_into_memory, run_command
 from support.kernels import clock
 from support.options import Parser, add_common_arguments, early, number, read_run
 from support.parallel import gather, join, leave, rank, world
-from support.results import Unfinished, count, digest, finish_run, new_row, read_rows, table
+from support.results import Unfinished, finish_run, new_row, read_rows, table
 
 
 # ---- Answer
@@ -151,23 +151,24 @@ def further_scores(dataset, samples, answers, root=None):
 
 
 # ---- Rows
-def evaluate(folder, row, say, samples, icds, shifts=None, features=None, root=None, resume=False):
+def evaluate(args, folder, split, method, say, samples, icds, shifts=None, features=None, file=None,
+             seconds=0):
     """Answers the samples, scores the answers, writes all of it → the row, whole.  Arguments as `answer`.
 
-    row: of `new_row`; say: of `sayer`. resume: what was answered for such a row is not asked again. Raises
-    InputError if there is such a row, made with other options."""
-    begun = Unfinished(folder, row, resume)
+    say: of `sayer`; file: of a trained adapter, seconds: what it took. With args.resume, what was answered
+    for such a row is not asked again. Raises InputError if there is such a row, made with other options."""
+    task = DATASETS[args.dataset]
+    row = new_row(args, task.metric, split, method, len(icds[0]), len(samples), shifts, file, seconds)
+    begun = Unfinished(folder, row, args.resume)
     if begun.done:
         return begun.row
     done = list(begun.made)
     say(samples, icds, shifts, features, progress=begun.title, done=done, keep=begun.keep)
     answers = [begun.made[i]["prediction"] for i in range(len(samples))]
-    dataset = row["dataset"]
-    total, each = score(dataset, samples, answers, root)
-    row["score"] = total
+    row["score"], each = score(args.dataset, samples, answers, args.data)
     row |= begun.cost()
-    row |= further_scores(dataset, samples, answers, root)
-    return begun.finish(row, samples, answers, each, DATASETS[dataset].keys)
+    row |= further_scores(args.dataset, samples, answers, args.data)
+    return begun.finish(row, samples, answers, each, task.keys)
 
 
 def sayer(args, model, processor):
@@ -201,20 +202,15 @@ def read_samples(args, split, with_pool=True):
 def report(args, folder, say, pool, queries, split, adapter, features, seconds):
     """Behind a training: evaluates demonstrations in the prompt, with the shots of --compare, and the adapter
     in the folder → the rows, printed."""
-    metric = DATASETS[args.dataset].metric
+    made = partial(evaluate, args, folder, split)
     rows = []
     for shots in args.compare:
         method = "icl" if shots else "zero-shot"
-        row = new_row(args, metric, split, method, shots, len(queries))
         icds = draw(pool, queries, shots, args.seed)
-        row = evaluate(folder, row, say, queries, icds, None, features, args.data, args.resume)
-        rows.append(row)
+        rows.append(made(method, say, queries, icds, None, features))
     path = folder / f"{args.method}.safetensors"
-    made = digest(path), count(adapter), round(seconds, 1)
-    row = new_row(args, metric, split, args.method, 0, len(queries), *made)
-    none = [[]] * len(queries)
-    row = evaluate(folder, row, say, queries, none, adapter, features, args.data, args.resume)
-    rows.append(row)
+    alone = [[]] * len(queries)
+    rows.append(made(args.method, say, queries, alone, adapter, features, path, seconds))
     finish_run(folder)
     print("\n" + table(rows))
     return rows
@@ -274,14 +270,13 @@ def main(argv=None):
     model, processor = models.load_model(args.model, device, args.dtype)
     say, template = sayer(args, model, processor)
     features = {}
+    path = None
     if args.run:
         path = Path(args.run) / f"{args.method}.safetensors"
         shifts = baselines.load_adapter(path, args.method, model)
         icds = draw(pool, queries, args.shots, args.seed)
         rows = read_rows(Path(args.run) / "results.json")
-        seconds = [r["train_seconds"] for r in rows if r["method"] == args.method]
-        seconds = seconds[0] if seconds else 0
-        made = digest(path), count(shifts), seconds
+        seconds = next((r["train_seconds"] for r in rows if r["method"] == args.method), 0)
     else:
         def dev_score(candidate):
             if not dev:
@@ -294,13 +289,10 @@ def main(argv=None):
         began = time.perf_counter()
         icds, shifts = kind.prepare(model, processor, template, pool, queries, args.shots,
                                     args.seed, args.eval_batch_size, dev_score)
-        seconds = round(time.perf_counter() - began, 1) if shifts else 0
-        made = "", count(shifts), seconds
+        seconds = time.perf_counter() - began if shifts else 0
 
     # 3. Answers, scores
-    shots = len(icds[0])
-    row = new_row(args, task.metric, split, args.method, shots, len(queries), *made)
-    row = evaluate(folder, row, say, queries, icds, shifts, features, args.data, args.resume)
+    row = evaluate(args, folder, split, args.method, say, queries, icds, shifts, features, path, seconds)
     if shifts and not args.run:
         path = folder / f"{args.method}.safetensors"
         shifts.save(path, method=args.method, model=row["model"], dataset=args.dataset, task=args.task,

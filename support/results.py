@@ -30,25 +30,18 @@ def settings(args):
     return json.loads(json.dumps({k: args[k] for k in args if k not in ("out", "run", "resume")}))
 
 
-def new_row(args, metric, split, method, shots, n, made_of="", parameters=0, seconds=0):
-    """What a row says before it is made. made_with: digest of all that its answers depend on; made_of: of the
-    adapter."""
+def new_row(args, metric, split, method, shots, n, shifts=None, file=None, seconds=0):
+    """What a row says before it is made. made_with: digest of all that its answers depend on, the adapter's
+    file included. parameters: the trained or fitted ones."""
     given = settings(vars(args))
+    made_of = hashlib.sha256(file.read_bytes()).hexdigest() if file else ""
+    parameters = sum(p.numel() for p in shifts.parameters() if p.requires_grad) if shifts else 0
     made_with = hashlib.sha256(json.dumps([given, split, made_of], sort_keys=True).encode()).hexdigest()
     row = {"dataset": args.dataset, "split": split, "method": method, "shots": shots, "metric": metric,
-           "score": None, "n": n, "seed": args.seed, "parameters": parameters, "train_seconds": seconds}
+           "score": None, "n": n, "seed": args.seed, "parameters": parameters,
+           "train_seconds": round(seconds, 1)}
     row |= {name: given[name] for name in ALSO}
     return row | {"model": Path(args.model).resolve().name, "made_with": made_with[:12]}
-
-
-def digest(path):
-    """Of a file's bytes."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def count(shifts):
-    """Their trained or fitted parameters."""
-    return sum(p.numel() for p in shifts.parameters() if p.requires_grad) if shifts is not None else 0
 
 
 def title(row):

@@ -20,7 +20,6 @@ from baselines.prompt_tuning import PromptTuning
 from baselines.stave import STAVE, Parted, cue_length
 from data import ANSWER, PADDING, QUERY, TEMPLATES, Processor, Rows, Sample, collate, draw, encode_images, load, prompts
 from data import row as row_of
-from eval import count
 from model import KVCache, attention, causal_mask
 from support.files import InputError
 
@@ -37,6 +36,10 @@ def trained(method, model, **options):
     for p in adapter.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return adapter
+
+
+def count(adapter):
+    return sum(p.numel() for p in adapter.parameters())
 
 
 def prompt(n=9):

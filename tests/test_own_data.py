@@ -65,7 +65,7 @@ def test_a_dataset_of_ones_own_is_trained_evaluated_shown_and_scored(root, tiny_
     assert "3 of 3: VizWiz_train_" in shown and "ICD 2" in shown and "sample VizWiz_train_" in shown
     show.main(["vizwiz", "--data", str(root), "--png", str(root / "sheet.png")])
     with Image.open(root / "sheet.png") as sheet:
-        assert sheet.size == (4 * 254 + 14, 84 + 3 * 324)
+        assert sheet.width == 1440
 
 
 def test_its_mistakes_are_one_line(root):

@@ -81,16 +81,20 @@ def show_batch(args):
 
 def write_sheet(path, rows, args):
     """Writes the first training samples as a picture, four in a row; of a toy with its hidden rule."""
-    samples = load(args.dataset, args.data, "train", args.task)[:4 * rows]
-    items = [(to_rgb(s.picture()), s.question, s.target) for s in samples]
+    with reading("--png", "matplotlib (pip install matplotlib)"):
+        from matplotlib.figure import Figure
+    samples = load(args.dataset, args.data, "train", args.task)
     toy = DATASETS[args.dataset].toy
-    title = f"{args.dataset}, task {args.task}" if toy else f"{args.dataset}, training samples"
     rule = world.describe(world.task(args.dataset, args.task)) if toy else []
-    subtitle = "  ·  ".join(line.replace(" ", "\u00a0") for line in rule) or args.data
-    size = (160, 52) if toy else (240, 84)
-    page = world.sheet(title, textwrap.fill(subtitle, 92), items, *size)
+    title = f"{args.dataset}, task {args.task}" if toy else f"{args.dataset}, training samples"
+    figure = Figure(figsize=(8, 1 + 2.3 * rows), dpi=180, layout="constrained")
+    figure.suptitle(textwrap.fill("  ·  ".join([title, *rule]), 90), fontsize=10)
+    for axis, s in zip(figure.subplots(rows, 4, squeeze=False).flat, samples, strict=False):
+        said = [*textwrap.wrap(s.question or "", 26), *textwrap.wrap(s.target, 26)]
+        axis.imshow(to_rgb(s.picture()))
+        axis.set(xticks=[], yticks=[], xlabel="\n".join(said))
     with reading(path, "a picture file that can be written"):
-        page.save(path)
+        figure.savefig(path)
     print("\n  ".join([f"{path}: {title}", *rule]))
 
 

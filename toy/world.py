@@ -11,15 +11,13 @@ only be learnt from demonstrations: that is in-context learning. There are three
 Pre-training never sees a sixth of all rules; the downstream tasks are drawn from these.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
-import textwrap
 from collections import namedtuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw
 
 # --- Words --------------------------------------------------------------------------------------------------
 LANGUAGES = ["English", "French", "German", "Spanish"]
@@ -249,30 +247,3 @@ def episodes(rng, n, length, scenes):
     said = [[text(rule, scene, word) for scene, word in zip(*both, strict=True)]
             for rule, *both in zip(rules, scenes[indices], words, strict=True)]
     return indices, said
-
-
-# --- Sheets of pictures -------------------------------------------------------------------------------------
-def font():
-    """A system font where there is one: Pillow's own has no accented letters."""
-    for name in ("DejaVuSans.ttf", "Arial.ttf", "arial.ttf"):
-        with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, 14)
-    return ImageFont.load_default(14)
-
-
-def sheet(title, subtitle, items, cell, below):
-    """items: (PIL image, question or None, answer) → PIL.Image, four items in a row, their texts under them;
-    cell, below: width and height of a picture, and height of its texts, in pixels."""
-    rows = -(-len(items) // 4)
-    page = Image.new("RGB", (4 * (cell + 14) + 14, 84 + rows * (cell + below)), "white")
-    pen = ImageDraw.Draw(page)
-    pen.font = font()
-    pen.multiline_text((14, 10), f"{title}\n{subtitle}", "black")
-    for i, (image, asked, told) in enumerate(items):
-        x = 14 + i % 4 * (cell + 14)
-        y = 84 + i // 4 * (cell + below)
-        resample = Image.Resampling.NEAREST if cell > max(image.size) else Image.Resampling.LANCZOS
-        page.paste(ImageOps.contain(image, (cell, cell), resample), (x, y))
-        said = [*textwrap.wrap(asked or "", cell // 8), *textwrap.wrap(told, cell // 8)]
-        pen.multiline_text((x, y + cell + 4), "\n".join(said), "black")
-    return page
