@@ -28,7 +28,7 @@ from support.files import InputError, fits_into_memory, run_command
 from support.kernels import clock
 from support.options import Parser, add_common_arguments, early, number, read_run
 from support.parallel import gather, join, leave, rank, world
-from support.results import Unfinished, finish_run, new_row, read_rows, table
+from support.results import Unfinished, about, finish_run, new_row, read_rows, table
 
 
 # ---- Answer
@@ -294,9 +294,7 @@ def main(argv=None):
     # 3. Answers, scores
     row = evaluate(args, folder, split, args.method, say, queries, icds, shifts, features, path, seconds)
     if shifts and not args.run:
-        path = folder / f"{args.method}.safetensors"
-        shifts.save(path, method=args.method, model=row["model"], dataset=args.dataset, task=args.task,
-                    shots=args.shots, seed=args.seed)
+        shifts.save(folder / f"{args.method}.safetensors", **about(args))
     print(table([row]))
     if row["score"] is None:
         print(f"{args.dataset} {split} has no annotations here: the answers are not scored")

@@ -26,7 +26,7 @@ from model import KVCache
 from support.files import InputError, check_finite, fits_into_memory, load_state, run_command, save_state
 from support.options import Parser, add_common_arguments, add_training_arguments, early, read_run, taken
 from support.parallel import add, add_gradients, join, leave, rank, share, wait
-from support.results import already_finished, begin_run, open_log
+from support.results import about, already_finished, begin_run, open_log
 
 LOG = ("step", "epoch", "loss", "align", "ce", "lr", "grad_norm", "seconds", "dev")    # columns of log.csv
 
@@ -71,17 +71,13 @@ def teacher_pass(model, batch, features, recorder):
     inputs = batch.teacher.inputs(model, features)
     if not batch.shared:
         return model.hidden_states(**inputs, shifts=recorder, last=batch.T_q)
-    B, T_q = batch.align.shape
-    n_layers = model.config.text.num_hidden_layers
-    S = inputs["input_ids"].shape[1]
-    cache = KVCache(n_layers, S + T_q)
+    shown = inputs["attention_mask"]
+    cache = KVCache(model.config.text.num_hidden_layers, shown.shape[1] + batch.T_q)
     model.hidden_states(**inputs, cache=cache)
-    cache.repeat(B)
+    cache.repeat(len(batch.align))
     query = batch.student.inputs(model, features)
-    query_ids = query["input_ids"][:, -T_q:]
-    shown = inputs["attention_mask"].expand(B, -1)
-    asked = batch.align.to(model.device)
-    mask = torch.cat([shown, asked], 1)
+    query_ids = query["input_ids"][:, -batch.T_q:]
+    mask = torch.cat([shown.expand(len(query_ids), -1), batch.align.to(model.device)], 1)
     return model.hidden_states(query_ids, mask, query["image_features"], recorder, cache=cache)
 
 
@@ -282,9 +278,7 @@ def main(argv=None):
         answers = say(dev, alone, adapter.eval(), features)
         return score(args.dataset, dev, answers, args.data)[0] if dev else 0.0
 
-    name = Path(args.model).resolve().name
-    save = partial(adapter.save, path, method=args.method, model=name, dataset=args.dataset, task=args.task,
-                   shots=args.shots, seed=args.seed)
+    save = partial(adapter.save, path, **about(args))
     seconds = train(args, compute, adapter, samples, dev_score, save, folder)
 
     # 4. Evaluation

@@ -31,7 +31,7 @@ from model import KVCache, Shifts, attention, causal_mask, merge_heads, rope
 from support.files import InputError, chunks, fits_into_memory, run_command
 from support.options import Parser, add_common_arguments, number
 from support.parallel import join, wait
-from support.results import already_finished, begin_run
+from support.results import about, already_finished, begin_run
 from train import choose_samples
 
 
@@ -272,8 +272,7 @@ def main(argv=None):
         shares = fit(model, mimic, drawn, features)
     seconds = time.perf_counter() - began
     print("explained of the shift, layer by layer: " + " ".join(f"{x:.2f}" for x in shares))
-    mimic.save(folder / "mimic.safetensors", method=args.method, model=Path(args.model).resolve().name,
-               dataset=args.dataset, task=args.task, shots=args.shots, seed=args.seed)
+    mimic.save(folder / "mimic.safetensors", **about(args))
     wait()                                                     # until process 0 has written the file
 
     # 3. Evaluation

@@ -30,6 +30,12 @@ def settings(args):
     return json.loads(json.dumps({k: args[k] for k in args if k not in ("out", "run", "resume")}))
 
 
+def about(args):
+    """What an adapter's file says of its making."""
+    names = "method", "dataset", "task", "shots", "seed"
+    return {name: getattr(args, name) for name in names} | {"model": Path(args.model).resolve().name}
+
+
 def new_row(args, metric, split, method, shots, n, shifts=None, file=None, seconds=0):
     """What a row says before it is made. made_with: digest of all that its answers depend on, the adapter's
     file included. parameters: the trained or fitted ones."""

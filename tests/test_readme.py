@@ -22,7 +22,7 @@ SMALL = {"train.py": ["--limit", "2", "--samples", "12", "--dev-samples", "9", "
 
 def test_two_commands_do_all_set_up():
     assert [c for c in COMMANDS if "pip" in c] == ["pip install -r requirements.txt && python train.py",
-                                                   "pip install -r requirements-dev.txt && pytest"]
+                                                   "pip install -r requirements-dev.txt && pytest -n auto"]
 
 
 def test_runtime_dependencies_are_the_six():
