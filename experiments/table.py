@@ -75,7 +75,7 @@ def spread(runs):
 
 
 def compare(rows, datasets, args, options):
-    """A row a command, a column a dataset (a metric each) → the cells. Why a row has no score stands below."""
+    """A row a command, a column a dataset (a metric each) → the cells. Below: why a row has no score."""
     found = {DATASETS[d].metric: run_all(rows, d, args, options) for d in datasets}
     table = [["method", "parameters", *map(METRICS.get, found), "prompt tokens", "ms / query", "train s"]]
     table.append(["---"] * len(table[0]))
