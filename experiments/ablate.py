@@ -4,8 +4,7 @@
     python -m experiments.ablate choices --tasks 0 1 2 3         # MimIC's options, where they still differ
     python -m experiments.ablate samples --tasks 0 1 2 3         # the layer-wise fit, from few samples
 
-Test scores, mean and standard deviation over tasks and seeds; the table is written beside the runs, too. What
-is there is not made again, and options are passed on to every run, as in experiments.table.
+What is there is not made again, and options are passed on to every run, as in experiments.table.
 """
 
 from experiments.table import compare, parse

@@ -3,14 +3,12 @@
     python -m experiments.bench --pictures FOLDER              # a quarter of an hour on two cores
     python -m experiments.bench --size full --only latency     # Idefics2-8b-base's exact shape
 
-train     5 MimIC steps on 8 demonstrations, their queries' pictures encoded once, as in 5 epochs; beside 5
-          steps as the official code does them
+train     5 MimIC steps on 8 demonstrations, pictures encoded once; beside 5 as the official code does them
 generate  9 pictures encoded; 10 tokens behind prompts whose pictures are encoded
 latency   a token, that is the prefill, and 10 tokens under MimIC; beside no shifts
 
-Weights are random (they change no time), questions the toy's, pictures those of --pictures or noise of COCO's
-sizes.
-Ours and the peer's alternate in one process; seconds are medians of --repeats, behind a first call of each.
+Weights are random (they change no time), questions the toy's. Ours and the peer's alternate in one process;
+seconds are medians of --repeats, behind a first call of each.
 """
 
 import statistics
@@ -67,16 +65,10 @@ def some_samples(folder, n):
     return [replace(s, image_id=i, image=found[i % len(found)]) for i, s in enumerate(samples)]
 
 
-@torch.no_grad()
-def encoded(model, processor, samples):
-    """Our features of their pictures."""
-    return encode_images(model, processor, samples, {})
-
-
 def pixels(processor, samples, B=1):
     """The peer's pictures, B rows of them, padded to one size: values (B,N,3,H,W), mask (B,N,H,W)."""
     values, mask = processor.images([s.picture() for s in samples])
-    return values.unflatten(0, (B, -1)).to(DEVICE), mask.unflatten(0, (B, -1)).to(DEVICE)
+    return [x.unflatten(0, (B, -1)).to(DEVICE) for x in (values, mask)]
 
 
 # ---- The peer: transformers' Idefics2, and a MimIC step on it as the official code does it
@@ -106,10 +98,8 @@ def update(align, ce, mimic, optimiser):
 
 
 class OfficialStep:
-    """A training step written the way the official code is, on transformers' Idefics2 with eager attention.
-
-    Its attention is replaced by one that adds the shift, log Z2 from a second q·k over all keys; hooks keep
-    FFN outputs; both passes encode their pictures; the student's has logits and a loss of all tokens."""
+    """A training step as the official code does it, on transformers' Idefics2: eager attention and the shift,
+    log Z2 by a second q·k over all keys, FFN outputs by hooks, pictures in both passes, all tokens' loss."""
 
     def __init__(self, model, mimic):
         self.model = theirs(model, "eager")
@@ -153,14 +143,14 @@ class OfficialStep:
 def bench_train(model, processor, folder):
     samples = some_samples(folder, BATCH * (SHOTS + 1))
     batch = collate(samples[:BATCH], chunks(samples[BATCH:], SHOTS), processor, TEMPLATE)
-    features = encoded(model, processor, samples)
+    features = encode_images(model, processor, samples, {})
     mimic = MimIC.for_model(model)
     optimiser = torch.optim.AdamW(mimic.parameters(), lr=1e-3)
     official_step = OfficialStep(model, MimIC.for_model(model))
     passes = [pixels(processor, rows.samples, BATCH) for rows in (batch.teacher, batch.student)]
 
     def ours():
-        features.update(encoded(model, processor, batch.student.samples))
+        features.update(encode_images(model, processor, batch.student.samples, {}))
         for _ in range(EPOCHS):
             align, ce = losses(model, mimic, batch, features)
             update(align, ce, mimic, optimiser)
@@ -175,13 +165,9 @@ def bench_train(model, processor, folder):
 def bench_generate(model, processor, folder):
     other = theirs(model, "sdpa")
     samples = some_samples(folder, SHOTS + 1)
-
-    def encoded_by_peer():
-        values, mask = pixels(processor, samples)
-        other.model.get_image_features(values, mask)
-
-    yield "pictures", len(samples), partial(encoded, model, processor, samples), encoded_by_peer
-    features = encoded(model, processor, samples)
+    yield ("pictures", len(samples), lambda: encode_images(model, processor, samples, {}),
+           lambda: other.model.get_image_features(*pixels(processor, samples)))
+    features = encode_images(model, processor, samples, {})
     for B, beams in (1, 1), (1, 3), (16, 1), (16, 3):
         prompt = prompts(samples[:1] * B, [[]] * B, processor, TEMPLATE).inputs(model, features)
         options = {"max_new_tokens": NEW_TOKENS, "num_beams": beams, "length_penalty": 0.0}
@@ -194,7 +180,7 @@ def bench_generate(model, processor, folder):
 
 def bench_latency(model, processor, folder):
     samples = some_samples(folder, 1)
-    features = encoded(model, processor, samples)
+    features = encode_images(model, processor, samples, {})
     mimic = MimIC.for_model(model)
     for B in 1, 3, 16:
         prompt = prompts(samples * B, [[]] * B, processor, TEMPLATE).inputs(model, features)

@@ -1,4 +1,4 @@
-"""Pictures of what demonstrations do inside the attention, and of what a trained MimIC makes of it.
+"""Pictures and numbers of what demonstrations do inside attention, and of what a trained MimIC makes of it.
 
     python -m experiments.explain                # of runs/toy, which train.py makes
     python -m experiments.explain --run runs/okvqa --beside runs/okvqa-live --queries 16
@@ -7,9 +7,8 @@ approximation   does the paper's hold? f(q) against the true log Z1, μ̃·v aga
 mu              the true μ and MimIC's μ̃, layer by head, and μ̃ at every token of one query
 distance        how far the states of every layer are from those with demonstrations
 
-True is what the identity says (mimic.py), at the teacher's own queries: Z1 over its demonstrations' keys, the
-shift μ·(SA(q,K_D,V_D) − SA(q,K,V)); the mean over several draws of demonstrations, for nothing that is added
-whatever they are can do better. Needs matplotlib. The numbers behind the pictures are printed.
+True is what the identity says (mimic.py), at the teacher's own queries; the mean over several draws of
+demonstrations, for nothing that is added whatever they are can do better. Needs matplotlib.
 """
 
 from pathlib import Path
@@ -21,8 +20,8 @@ from tqdm import tqdm
 import baselines
 import eval as evaluation
 import models
-from data import DATASETS, ICD, INSTRUCTION, QUERY, collate, draw, encode_images, load, train_dev
-from experiments.layerwise import f_of, start_f
+from data import DATASETS, ICD, INSTRUCTION, QUERY, encode_images, load, train_dev
+from experiments.layerwise import draw_batches, f_of, start_f
 from mimic import Recorder, mixing_weight
 from model import KVCache, attention, causal_mask
 from support.files import InputError, chunks, make_folder, reading, run_command
@@ -102,15 +101,12 @@ def together(reduce, found):
     return [{name: reduce([x[name] for x in layer]) for name in layer[0]} for layer in layers]
 
 
-def mean(tensors):
-    return torch.stack(tensors).mean(0)
-
-
 def look(model, mimic, batches, features):
     """→ a dict a layer, of all tokens: what MimIC does, and the mean of what demonstrations do."""
     found = []
     for draws in tqdm(batches, desc="look inside", unit="batch"):
-        true = together(mean, [truth(model, batch, features) for batch in draws])
+        truths = [truth(model, batch, features) for batch in draws]
+        true = together(lambda tensors: torch.stack(tensors).mean(0), truths)
         own = learnt(model, mimic, draws[0], features)
         found.append([a | b for a, b in zip(true, own, strict=True)])
     return together(torch.cat, found)
@@ -132,11 +128,8 @@ def explained(found, true):
 
 
 def approximation(layers, vector):
-    """How good f and v are, and how good they could be → {name: (L,H)}. Half the tokens fit, half judge.
-
-    R² of f: of log Z1's variance. Shares of the shift: of the squares of μ·(SA_D − SA), by a constant vector,
-    by the true μ times the best v of the head, and by the trained μ̃·v; cosine: of the trained v with that
-    best v. Last, (L,1): of what a layer's heads add behind W_o, by a constant and by the trained ones."""
+    """How good f and v are, and could be → {name: (L,H)}. Half the tokens fit, half judge. R²: of log Z1's
+    variance. Shares: of the squares of the shift; of a layer, (L,1), of what all its heads add behind W_o."""
     found = []
     for x, v in zip(layers, vector, strict=True):
         half = len(x["f"]) // 2
@@ -192,19 +185,6 @@ def open_adapter(folder, model):
     return adapter
 
 
-def draw_batches(run, model, processor, samples, shots, draws, features):
-    """→ for every ten queries a list of Batch, each with another draw of ICDs; fills the features."""
-    pool, _ = train_dev(run.dataset, run.data, run.samples, run.dev_samples, run.seed, run.task)
-    _, template = evaluation.sayer(run, model, processor)
-    found = []
-    for queries in chunks(samples, 10):
-        icds = [draw(pool, queries, shots, f"{run.seed}-{n}") for n in range(draws)]
-        found.append([collate(queries, shown, processor, template) for shown in icds])
-        for batch in found[-1]:
-            encode_images(model, processor, batch.teacher.samples, features)
-    return found
-
-
 def print_approximation(found, layers):
     print(f"  {'over heads or layers':<28}{'median':>8}{'10%':>8}{'90%':>8}")
     for name, values in found.items():
@@ -212,9 +192,8 @@ def print_approximation(found, layers):
         print(f"  {name:<28}{median:>8.2f}{low:>8.2f}{high:>8.2f}")
     for name, key in ("true μ", "true_mu"), ("trained μ̃", "mu"):
         mu = torch.stack([x[key] for x in layers])
-        low, high = (100 * x.float().mean() for x in (mu < 0.1, mu > 0.9))
-        print(f"  {name}: mean {mu.mean():.2f}, below 0.1 at {low:.0f} % of heads and tokens, above 0.9 at "
-              f"{high:.0f} %")
+        print(f"  {name}: mean {mu.mean():.2f}, below 0.1 at {100 * (mu < 0.1).float().mean():.0f} % of "
+              f"heads and tokens, above 0.9 at {100 * (mu > 0.9).float().mean():.0f} %")
 
 
 def main(argv=None):
@@ -237,12 +216,16 @@ def main(argv=None):
     model, processor = models.load_model(run.model, run.device, run.dtype)
     mimic = open_adapter(args.run, model)
     beside = {folder: open_adapter(folder, model) for folder in args.beside}
-    samples = load(run.dataset, run.data, DATASETS[run.dataset].eval_split, run.task)
+    adapters = {"zero-shot": None, **beside, "MimIC": mimic}
+    pool, _ = train_dev(run.dataset, run.data, run.samples, run.dev_samples, run.seed, run.task)
+    samples = load(run.dataset, run.data, DATASETS[run.dataset].eval_split, run.task)[:args.queries]
     make_folder(out)
 
     # 2. What happens inside
-    features = {}
-    batches = draw_batches(run, model, processor, samples[:args.queries], shots, args.draws, features)
+    _, template = evaluation.sayer(run, model, processor)
+    batches = draw_batches(pool, chunks(samples, 10), shots, args.draws, run.seed, processor, template)
+    shown = [s for draws in batches for batch in draws for s in batch.teacher.samples]
+    features = encode_images(model, processor, shown, {})
     layers = look(model, mimic, batches, features)
 
     # 3. Numbers and pictures
@@ -254,10 +237,9 @@ def main(argv=None):
 
     first = batches[0][0].student
     ids = first.input_ids[0, first.part[0] >= QUERY].tolist()
-    words = [repr(processor.tokenizer.id_to_token(i))[1:-1] for i in ids]
-    figures.drawn(out / "mu.png", 6.4, figures.mu, layers, [word[:12] for word in words])
+    words = [repr(processor.tokenizer.id_to_token(i))[1:-1][:12] for i in ids]
+    figures.drawn(out / "mu.png", 6.4, figures.mu, layers, words)
 
-    adapters = {"zero-shot": None, **beside, "MimIC": mimic}
     found = distances(model, adapters, [draws[0] for draws in batches], features)
     print(f"mean distance from the {shots}-shot states, layer by layer")
     for name, values in found.items():

@@ -11,8 +11,7 @@ LOOK = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.s
 
 
 def drawn(path, height, draw, *what):
-    """Writes the picture that draw(figure, *what) makes: 4 inches or 640 pixels wide, so that a phone shows
-    its letters at 13 pixels or more; of 64 colours, a tenth of the bytes, and nobody sees it."""
+    """Writes what draw(figure, *what) makes, legible on a phone; 64 colours are a tenth of the bytes."""
     with matplotlib.rc_context(LOOK):
         figure = Figure(figsize=(4, height), dpi=160, layout="constrained")
         draw(figure, *what)
@@ -37,17 +36,15 @@ def mu(figure, layers, words):
     figure.colorbar(image, ax=below, location="bottom", shrink=0.6, aspect=30, ticks=(0, 0.5, 1))
 
 
-PANELS = {                        # title → what is drawn
-    "does f(q) follow log Z1?": ["R², best linear f", "R², trained f"],
-    "in which direction do they go?": ["correlation, trained f", "cosine, trained v and best v"],
-    "is μ̃·v the shift?": ["share, true μ and best v", "share, trained μ̃·v", "share of a layer, trained"],
-}
-
-
 def approximation(figure, found):
     """A dot a head, values below −1 at −1: R² of f, direction of f and v, share of the shift."""
+    panels = {
+        "does f(q) follow log Z1?": ["R², best linear f", "R², trained f"],
+        "in which direction do they go?": ["correlation, trained f", "cosine, trained v and best v"],
+        "is μ̃·v the shift?": ["share, true μ and best v", "share, trained μ̃·v",
+                              "share of a layer, trained"]}
     axes = figure.subplots(nrows=3)
-    for axis, (title, names) in zip(axes, PANELS.items(), strict=True):
+    for axis, (title, names) in zip(axes, panels.items(), strict=True):
         for i, name in enumerate(names):
             L, H = found[name].shape
             x = np.arange(L)[:, None] + 0.27 * i - 0.2 + np.linspace(-0.08, 0.08, H)

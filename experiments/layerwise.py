@@ -13,8 +13,8 @@ query}, and the student, who reads the query alone, go through the model layer b
     5. refine    f by L-BFGS on the same squared error; the best v of every f is known in closed form
     6. advance   both, the student with the layer's new shift
 
-Forward passes only, no label in any loss. Several draws of demonstrations for a query enter through their
-mean, which is all that least squares sees of them. Letters as in mimic.py; N kept tokens.
+Forward passes only, no label in any loss. Of several draws of demonstrations for a query least squares sees
+the mean alone. Letters as in mimic.py; N kept tokens.
 """
 
 import time
@@ -63,8 +63,7 @@ def advance(model, layer, x, rows, shifts, cache=None):
 
 
 def watched(model, layer, x, rows, cache=None):
-    """Step 2: x + A (B,T,d), in fp32 at least, because Δ is a small difference; q (B,H,T,D); k; log Z2
-    (B,H,T); the states behind the layer, without a shift."""
+    """Step 2: x + A (B,T,d), fp32 as Δ is small; q (B,H,T,D), k; log Z2 (B,H,T); the output, unshifted."""
     watch = Watch()
     above = advance(model, layer, x, rows, watch, cache)
     q, k, out, log_z2 = watch.seen
@@ -92,8 +91,7 @@ def f_of(weight, bias, q):
 
 
 def start_f(q, log_z1, ridge=1e-3):
-    """Step 4, f: each head's ridge regression of log Z1 on [q; 1].  q (H,N,D), log_z1 (N,H) → weight (H,D),
-    bias (H)."""
+    """Step 4, f: ridge regressions of log Z1 on [q; 1].  q (H,N,D), log_z1 (N,H) → weight (H,D), bias (H)."""
     q_mean = q.mean(1)
     z_mean = log_z1.mean(0)
     gram = covariance(q, q_mean) * q.shape[1]
@@ -114,10 +112,9 @@ def normal_o(w_o):
 
 
 def best_v(mu, delta, w_o, gram_o, ridge=1e-6):
-    """Step 4, v: argmin_v Σ_n ‖Σ_h μ̃_nh W_o^h v_h − Δ_n‖².
-
-    mu (N,H), delta (N,d), w_o (d,H,D), gram_o: `normal_o` → v (H,D). Block (h,h') of the normal equations is
-    (Σ_n μ̃_h μ̃_h') · W_o^hᵀ W_o^h'. ridge: times the mean of their diagonal; unused heads get v = 0."""
+    """Step 4, v: argmin_v Σ_n ‖Σ_h μ̃_nh W_o^h v_h − Δ_n‖².  mu (N,H), delta (N,d), w_o (d,H,D), gram_o:
+    `normal_o` → v (H,D). Block (h,h') of the normal equations is (Σ_n μ̃_h μ̃_h') · W_o^hᵀ W_o^h'. ridge:
+    times the mean of their diagonal; unused heads get v = 0."""
     H, D = w_o.shape[1:]
     gram = ((mu.T.double() @ mu.double())[:, None, :, None] * gram_o).reshape(H * D, H * D)
     gram.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-30))
@@ -187,10 +184,16 @@ def fit_layer(mimic, layer, q, log_z1, log_z2, delta, w_o):
 
 
 # ---- All layers
+def draw_batches(pool, groups, shots, draws, seed, processor, template):
+    """→ for every group of queries a list of Batch, each with another draw of demonstrations."""
+    def batch(queries, n):
+        return collate(queries, draw(pool, queries, shots, f"{seed}-{n}"), processor, template)
+    return [[batch(queries, n) for n in range(draws)] for queries in groups]
+
+
 @torch.no_grad()
 def fit(model, mimic, drawn, features):
-    """Fits every layer of `mimic`, which is on the model's device → the share of Δ that each layer explains.
-    drawn: lists of Batch, each the same queries with other demonstrations; features: of `encode_images`."""
+    """Fits the layers → the share of Δ that each explains.  drawn: of draw_batches; features {id: x}."""
     def embed(rows):
         inputs = rows.inputs(model, features)
         return model.embed(inputs["input_ids"], inputs["image_features"])
@@ -264,10 +267,7 @@ def main(argv=None):
     began = time.perf_counter()
     mimic = MimIC.for_model(model, mu_of=args.mu_of)
     draws = args.draws or max(1, min(10, round(1000 / len(samples))))
-    drawn = []
-    for queries in chunks(samples, 4):
-        sets = [draw(samples, queries, args.shots, f"{args.seed}-{n}") for n in range(draws)]
-        drawn.append([collate(queries, icds, processor, template) for icds in sets])
+    drawn = draw_batches(samples, chunks(samples, 4), args.shots, draws, args.seed, processor, template)
     with fits_into_memory("--samples", len(samples)):
         shares = fit(model, mimic, drawn, features)
     seconds = time.perf_counter() - began

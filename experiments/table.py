@@ -3,10 +3,9 @@
     python -m experiments.table                                  # both toys, three seeds
     python -m experiments.table --dataset okvqa --model FOLDER --data FOLDER --limit 500 --seeds 0
 
---out gets table.md and a folder a run. What is there is not made again: an interrupted table goes on, and
-several terminals may make a seed each before one asks for all. Options that train.py and eval.py share
-(--limit, --samples, --num-beams …) are passed on to every run. Scores are mean ± standard deviation over
-tasks and seeds; the dev split chooses the epoch.
+--out gets table.md and a folder a run. What is there is not made again: several terminals may make a seed
+each before one asks for all. Options that train.py and eval.py share (--limit, --samples …) are passed on to
+every run. Scores are mean ± standard deviation over tasks and seeds; the dev split chooses the epoch.
 """
 
 import os
@@ -45,10 +44,8 @@ COMMANDS = {"train": train.main, "eval": evaluation.main, "fit": layerwise.main}
 COSTS = {"parameters": ",", "prompt_tokens": ".0f", "ms_per_query": ".1f", "train_seconds": ".0f"}
 
 
-# ---- Many runs
 def run(rows, options, folder, name, task, seed):
-    """The command rows[name] → its row of results.json; one without a score, but with the reason, where a
-    method has no use for the dataset or the model."""
+    """The command rows[name] → its row of results.json; where it refuses the dataset or model, the reason."""
     program, *words = rows[name].split()
     out = Path(folder) / name.replace(", ", "-").replace(" ", "-") / f"task{task}-seed{seed}"
     words = [*options, "--task", str(task), "--seed", str(seed), "--out", str(out), "--resume", *words]
@@ -63,18 +60,14 @@ def run(rows, options, folder, name, task, seed):
 
 
 def run_all(rows, dataset, args, options):
-    """→ {row: what `run` gives for every task and seed}. Raises InputError if none has a score.  rows: row →
-    command; options: of every run."""
-    options = [*options, "--dataset", dataset]
+    """→ {row: what `run` gives for every task and seed}. Raises InputError if none has a score."""
     jobs = tqdm(list(product(rows, args.tasks, args.seeds)), desc=dataset, unit="run")
-    found = [run(rows, options, f"{args.out}/{dataset}", *job) for job in jobs]
+    found = [run(rows, [*options, "--dataset", dataset], f"{args.out}/{dataset}", *job) for job in jobs]
     if all("reason" in r for r in found):
         raise InputError(found[0]["reason"])
-    per_row = len(args.tasks) * len(args.seeds)
-    return dict(zip(rows, chunks(found, per_row), strict=True))
+    return dict(zip(rows, chunks(found, len(args.tasks) * len(args.seeds)), strict=True))
 
 
-# ---- One table
 def spread(runs):
     """Mean ± standard deviation of their scores."""
     scores = [r["score"] for r in runs]
@@ -82,8 +75,7 @@ def spread(runs):
 
 
 def compare(rows, datasets, args, options):
-    """A row a command, on datasets of different metrics → the table's cells. A row without a score has its
-    reason below the table."""
+    """A row a command, a column a dataset (a metric each) → the cells. Below: why a row has no score."""
     found = {DATASETS[d].metric: run_all(rows, d, args, options) for d in datasets}
     table = [["method", "parameters", *map(METRICS.get, found), "prompt tokens", "ms / query", "train s"]]
     table.append(["---"] * len(table[0]))
@@ -105,8 +97,7 @@ def compare(rows, datasets, args, options):
 
 
 def parse(parser, argv, tasks):
-    """→ arguments of a command that makes many runs, and the options of every run. Raises InputError for one
-    that not all commands take."""
+    """→ arguments, and the options of every run. Raises InputError for one that not all commands take."""
     add = parser.add_argument
     add("--dataset", choices=DATASETS, help="(default: the toys)")
     add("--tasks", "--task", type=number(int, 0), nargs="+", default=tasks, metavar="N",

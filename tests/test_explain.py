@@ -101,7 +101,8 @@ def test_what_is_common_to_all_draws_is_told_from_what_is_not():
     same_for_all = 2 * torch.randn(2000, 8, generator=g)
     for n in 2, 5:
         draws = [same_for_all + torch.randn(2000, 8, generator=g) for _ in range(n)]
-        layer, = explain.together(explain.mean, [[{"true_added": x, "true_power": x.pow(2).sum(-1)}] for x in draws])
+        found = [[{"true_added": x, "true_power": x.pow(2).sum(-1)}] for x in draws]
+        layer, = explain.together(lambda tensors: torch.stack(tensors).mean(0), found)
         assert explain.common(layer, n).item() == pytest.approx(0.8, abs=0.01)
 
 

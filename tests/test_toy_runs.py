@@ -11,7 +11,7 @@ import torch
 
 import eval as evaluation
 import train
-from data import TEMPLATES, collate
+from data import TEMPLATES, collate, encode_images
 from experiments import ablate, bench, layerwise, table
 from model import Config, PerceiverConfig, TextConfig, VisionConfig
 from support.files import InputError
@@ -155,7 +155,7 @@ def test_the_official_step_of_the_bench_is_the_official_step(small):
         torch.nn.init.normal_(p, std=0.1) if p.ndim > 1 else None
     samples, made = bench.some_samples(None, 6), []
     batch = collate(samples[:2], [samples[2:4], samples[4:]], processor, TEMPLATES["toy"])
-    features = bench.encoded(model, processor, samples)
+    features = encode_images(model, processor, samples, {})
     for side in "ours", "peer":
         torch.manual_seed(1)
         mimic = bench.MimIC.for_model(model, z2="unmasked")

@@ -1,5 +1,4 @@
-"""Download the published annotations, and of COCO's pictures only those that a run needs: of its training and
-dev samples (the demonstrations are drawn from them) and of the evaluation split.
+"""Download the published annotations, and of COCO's pictures those of a run's training, dev and eval samples.
 
     python -m tools.fetch okvqa --data data                        # what `train.py --dataset okvqa` reads
     python -m tools.fetch vqav2 --data data --limit 500            # only 500 items of the evaluation split
@@ -12,7 +11,6 @@ is there and whole is left alone, so that the same command goes on where one was
 import contextlib
 import http.client
 import io
-import os
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +27,6 @@ from train import parse
 OKVQA = "https://okvqa.allenai.org/static/data/"
 VQAV2 = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/"
 KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent/"
-COCO = "http://images.cocodataset.org/"
 ARCHIVES = {                      # of a dataset: address → the file in it that is kept, under --data
     "okvqa": {f"{OKVQA}{name}.zip": f"okvqa/{name}" for name in (
         "OpenEnded_mscoco_train2014_questions.json", "mscoco_train2014_annotations.json",
@@ -45,8 +42,7 @@ PAUSES = (0, 1, 3, 10, 30)        # seconds before each try
 
 
 def download(url, use):
-    """→ use(the bytes there), which raises InputError unless they are the whole file. Raises InputError after
-    a few tries."""
+    """→ use(the bytes there), which raises InputError unless they are whole; in the end, so does this."""
     for pause in PAUSES:
         time.sleep(pause)
         try:
@@ -63,7 +59,7 @@ def fetch_picture(url, path):
         part = Path(f"{path}.part")
         part.write_bytes(content)
         open_image(part)
-        os.replace(part, path)
+        part.replace(path)
 
     with contextlib.suppress(InputError):
         return open_image(path)
@@ -84,13 +80,6 @@ def fetch_archive(url, path):
         write_whole(path, download(url, unzip))
 
 
-def needed_pictures(args):
-    """Paths of the pictures that train.py and eval.py read with these options."""
-    train, dev = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed)
-    evaluated = load(args.dataset, args.data, DATASETS[args.dataset].eval_split)[:args.limit]
-    return sorted({s.image for s in (*train, *dev, *evaluated)})
-
-
 def main(argv=None):
     parser = Parser(__doc__, prog="python -m tools.fetch")
     parser.add_argument("dataset", choices=ARCHIVES, help="stands first")
@@ -98,10 +87,12 @@ def main(argv=None):
     args, _ = parse(["--dataset", mine.dataset, "--shots", "1", *others])
     for url, name in ARCHIVES[args.dataset].items():
         fetch_archive(url, Path(args.data) / name)
-    paths = needed_pictures(args)
+    train, dev = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed)
+    evaluated = load(args.dataset, args.data, DATASETS[args.dataset].eval_split)[:args.limit]
+    paths = sorted({s.image for s in (*train, *dev, *evaluated)})
     for folder in {path.parent for path in paths}:
         make_folder(folder)
-    urls = [f"{COCO}{path.parent.name}/{path.name}" for path in paths]
+    urls = [f"http://images.cocodataset.org/{path.parent.name}/{path.name}" for path in paths]
     with ThreadPoolExecutor(8) as pool:                      # the first error cancels what has not begun
         for _ in tqdm(pool.map(fetch_picture, urls, paths), "pictures", len(paths)):
             pass

@@ -8,10 +8,7 @@
 
 Trained end to end from scratch the same model learns nothing but the form of the answers for a long time:
 attention has no reason to look at pictures that do not yet say anything. So the pictures come first. The form
-of the prompt matters as much: the question word stands right before its answer (data.TEMPLATES), so that
-looking up an earlier answer takes one comparison of it with the token before that answer.
-
-B episodes, T tokens, E = 9 examples an episode.
+of the prompt matters as much: data.TEMPLATES.
 """
 
 import functools
@@ -66,7 +63,7 @@ def example(processor, question, told):
 
 
 def write(processor, episodes):
-    """Episodes, each E pairs of question and answer → left-padded input_ids (B,T), and (B,T) bool: which of
+    """B episodes, each E pairs of question and answer → left-padded input_ids (B,T), and (B,T) bool: which of
     them are trained."""
     all_ids, all_trained = [], []
     for episode in episodes:
@@ -79,9 +76,7 @@ def write(processor, episodes):
 # --- Training -----------------------------------------------------------------------------------------------
 def schedule(step, steps, warmup):
     """Factor on the learning rate: up in `warmup` steps, then 1, in the last three tenths down to 0."""
-    rise = (step + 1) / warmup
-    fall = (steps - step) / (0.3 * steps)
-    return min(rise, 1.0, fall)
+    return min((step + 1) / warmup, 1.0, (steps - step) / (0.3 * steps))
 
 
 def train(title, modules, steps, warmup, loss_of):
@@ -105,8 +100,8 @@ def train(title, modules, steps, warmup, loss_of):
 def train_vision(model, processor):
     """Vision tower and connector learn to name colour, shape, place and ground of fresh pictures."""
     torch.manual_seed(SEED + 1)
-    sizes = model.config
-    head = nn.Linear(sizes.perceiver.resampler_n_latents * sizes.text.hidden_size, sum(world.SIZES))
+    size = model.config.tokens_per_image * model.config.text.hidden_size       # of a picture's features
+    head = nn.Linear(size, sum(world.SIZES))
 
     def loss_of(step):
         scenes, pictures = random_pictures(VISION_BATCH, [SEED, 1, step])

@@ -5,9 +5,8 @@
 
 FILE is a list as the VQA server has it, of {"question_id": 1, "answer": "a"}, or as COCO has it, of
 {"image_id": 1, "caption": "a"}. Printed are scores of 0-100:
-    score                    VQA accuracy, or CIDEr-D x 100
+    score                    CIDEr-D x 100, or VQA accuracy; OK-VQA's is of stemmed answers, as score_of says
     per_answer_type, per_question_type    VQA accuracy, as the official evaluation reports it
-    score_of                 OK-VQA: "stemmed": for `score`, answers are stemmed as the official ones are
     raw_score                OK-VQA: answers as they are, against what the annotators wrote
     unstemmed_score          OK-VQA: answers as they are, against the official ones, as the official tool does
     chair_s, chair_i, recall captions with --chair: metrics/chair.py
@@ -24,8 +23,7 @@ from support.options import Parser
 
 
 def read_answers(path, samples, keys):
-    """A result file, of records with two `keys`, id and answer → the samples that it answers, in their order,
-    and its answers. Raises InputError for an id that is unknown or there twice."""
+    """Records of `keys`, id and answer → samples answered, and the answers. Raises InputError for bad ids."""
     key, said = keys
     with reading(path, f'a list of {{"{key}": …, "{said}": …}} for samples of the split'):
         records = [(record[key], string(record[said])) for record in read_json(path)]
@@ -40,25 +38,19 @@ def read_answers(path, samples, keys):
     return answered, [answers[s.id] for s in answered]
 
 
-def categories(root, samples):
-    """What COCO has in each of the pictures, which are of val2014 → a set of names for each."""
+def chair_scores(root, samples, captions, synonyms):
+    """CHAIRs, CHAIRi, recall, 0-100. In a picture is what COCO's instances or its reference captions name."""
     path = Path(root) / "coco/annotations/instances_val2014.json"
     with reading(path, "COCO's instances in every picture"):
         found = read_json(path)
         names = {c["id"]: c["name"] for c in found["categories"]}
-        seen = {image["id"]: set() for image in found["images"]}
+        named = {image["id"]: set() for image in found["images"]}
         for a in found["annotations"]:
-            seen[a["image_id"]].add(names[a["category_id"]])
-        return [seen[s.image_id] for s in samples]
-
-
-def chair_scores(root, samples, captions, synonyms):
-    """CHAIRs, CHAIRi and recall, 0-100, with the published synonyms. In a picture is what COCO's instances or
-    its reference captions name."""
-    found = categories(root, samples)
+            named[a["image_id"]].add(names[a["category_id"]])
+        seen = [named[s.image_id] for s in samples]
     with reading(synonyms, "a synonym list, a line `node, synonym, …` for every category of COCO"):
         nodes = read_synonyms(Path(synonyms).read_text(encoding="utf-8"))
-        truths = [{nodes[name] for name in names} for names in found]
+        truths = [{nodes[name] for name in names} for names in seen]
     for s, truth in zip(samples, truths, strict=True):
         truth.update(*(caption_objects(reference, nodes) for reference in s.answers))
     return {name: percent([x]) for name, x in chair(captions, truths, nodes).items()}

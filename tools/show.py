@@ -39,13 +39,12 @@ def describe(rows, b, samples, masks):
     for t, token_id in enumerate(rows.input_ids[b].tolist()):
         token = str(rows.processor.tokenizer.id_to_token(token_id))
         token = token.replace("\n", "\\n").replace("<0x0A>", "\\n")
-        attention = int(rows.attention_mask[b, t])
         name = f"ICD {begun[t + lead]}" if parts[t] == ICD else PARTS[parts[t]]
         image = ""
         if is_image[t]:
             image = f"{begun[t]} of {len(samples)}: {samples[begun[t] - 1].image_id}"
         marks = ["1" if mask[t] else "" for mask in masks]
-        lines.append((t, token_id, token, attention, image, *marks, name))
+        lines.append((t, token_id, token, int(rows.attention_mask[b, t]), image, *marks, name))
     return lines
 
 

@@ -22,8 +22,7 @@ from PIL import Image, ImageDraw
 # --- Words --------------------------------------------------------------------------------------------------
 LANGUAGES = ["English", "French", "German", "Spanish"]
 # Values are separated by bars, a word for each language. No word occurs twice, so it gives away its language.
-# Lower case and no punctuation: VQA and caption metrics normalise both, and must not change the answers. Each
-# is a token of checkpoints/tiny/tokenizer.json.
+# Lower case and no punctuation: metrics normalise both. Each is a token of checkpoints/tiny/tokenizer.json.
 TABLE = {
     "colour": """red rouge rot rojo | yellow jaune gelb amarillo | green vert grün verde | blue bleu blau azul
     | purple violet lila morado | pink rose rosa rosado | brown marron braun pardo
@@ -71,8 +70,7 @@ def is_held_out(rule):
 
 
 def random_rule(kind, rng):
-    """A rule of this kind for pre-training. Four words in ten are English: so a model without demonstrations
-    has a default to be wrong with. rng: np.random.Generator."""
+    """For pre-training. Four words in ten are English: without demonstrations, a default to be wrong with."""
     while True:
         digits = np.where(rng.random(4) < 0.4, 0, rng.integers(1, 4, 4))
         if kind == "toy":
@@ -110,8 +108,7 @@ def describe(rule):
 
 
 def text(rule, scene, word):
-    """→ (question, answer): what a rule says about a scene, four digits. word: which of the four questions;
-    captions have none, and ignore it."""
+    """→ (question, answer): what a rule says of a scene, four digits. word: which question, if any."""
     if rule.kind == "toy-caption":
         words = {ATTRIBUTES[a]: WORDS[a][scene[a]][language] for a, language in rule.meanings}
         return None, TEMPLATES[rule.digits[-1]].format(**words)
@@ -198,13 +195,9 @@ def draw(scenes, rng):
     dark = light - rng.integers(44, 66, (n, 1))
     colour = np.array(RGB)[scenes[:, 0]] + rng.integers(-14, 15, (n, 1)) + rng.integers(-10, 11, (n, 3))
     tones = np.stack([light, dark, colour]).clip(0, 255).astype(np.uint16)[:, :, None, None, :]
-    pictures = np.empty((n, SIDE, SIDE, 3), np.uint8)
-    for start in range(0, n, 512):                                            # small chunks stay in the cache
-        s = slice(start, start + 512)
-        _, shape, place, ground = scenes[s].T
-        background = blend(tones[0, s], tones[1, s], grounds[ground, variants[1, s], ..., None])
-        pictures[s] = blend(background, tones[2, s], masks[shape, place, variants[0, s], ..., None])
-    return pictures
+    _, shape, place, ground = scenes.T
+    background = blend(tones[0], tones[1], grounds[ground, variants[1], ..., None])
+    return blend(background, tones[2], masks[shape, place, variants[0], ..., None]).astype(np.uint8)
 
 
 def random_scenes(n, rng):
@@ -237,9 +230,8 @@ def samples(dataset, task_number, split):
 
 
 def episodes(rng, n, length, scenes):
-    """Pre-training: n episodes of `length` examples about pictures of a bank with these scenes (M,4), each
-    under one random rule → picture indices (n,length) int64, and n lists of `length` pairs of question (None
-    in captions) and answer."""
+    """n episodes of `length` examples about pictures of a bank with these scenes (M,4), each under one random
+    rule → picture indices (n,length) int64, and n lists of `length` pairs (question or None, answer)."""
     kinds = rng.choice(list(SHARES), n, p=list(SHARES.values())).tolist()
     rules = [random_rule(kind, rng) for kind in kinds]
     indices = rng.integers(len(scenes), size=(n, length))
