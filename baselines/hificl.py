@@ -17,12 +17,9 @@ from model import attention
 class HiFICL(Adapter):
     """`model(…, shifts=hificl)`. fp32 parameters: K_A, V_A (L,H,n,r), K_B, V_B (L,H,r,D)."""
     defaults = {"lr": 5e-3, "lambda_align": 0.0, "lambda_ce": 1.0}
-    kept = {"n": int, "rank": int}
 
     def __init__(self, n_layers, n_heads, head_dim, n, rank):
         super().__init__()
-        self.n = n
-        self.rank = rank
         self.K_A = nn.Parameter(rank ** -0.5 * torch.randn(n_layers, n_heads, n, rank))
         self.V_A = nn.Parameter(rank ** -0.5 * torch.randn(n_layers, n_heads, n, rank))
         self.K_B = nn.Parameter(0.02 * torch.randn(n_layers, n_heads, rank, head_dim))
@@ -33,10 +30,15 @@ class HiFICL(Adapter):
         c = model.config.text
         return cls(c.num_hidden_layers, c.num_attention_heads, c.head_dim, n, rank).to(model.device)
 
+    @property
+    def options(self):
+        n, rank = self.K_A.shape[2:]
+        return {"n": n, "rank": rank}
+
     @staticmethod
     def sizes(tensors):
-        L, H, _, D = tensors["K_B"].shape
-        return L, H, D
+        L, H, n, rank = tensors["K_A"].shape
+        return L, H, tensors["K_B"].shape[-1], n, rank
 
     def after_attention(self, layer, q, k, out, lse):
         """Attention over [K̂;K] from the attentions over K̂ and over K."""

@@ -6,9 +6,8 @@ block that attends to the latest picture at or before the token:
     x ← x + tanh(α) · CrossAttention(RMS(x), picture)          0 where there is no picture yet
     x ← x + tanh(α') · SwiGLU(RMS(x))                          for every token
 
-Shifts see the layers of the decoder alone, not these blocks. Letters as in model.py, M pictures of a prompt,
-n latents of a picture. Reference: Laurençon et al. 2023 (OBELICS), after Alayrac et al. 2022 (Flamingo); the
-judge of the tests is transformers' IdeficsForVisionText2Text.
+Shifts see the decoder's layers, not these blocks. Letters as in model.py, M pictures, n latents each.
+Laurençon et al. 2023, after Alayrac et al. 2022 (Flamingo); judge: transformers' IdeficsForVisionText2Text.
 """
 
 import re

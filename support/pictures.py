@@ -62,8 +62,7 @@ class ImageTransform:
         return {name: pixels(size.get(name)) for name in ("longest_edge", "shortest_edge")}
 
     def resized(self, width, height):
-        """Width and height after the resize: the longer side at most `longest`, each at least `shortest`, so
-        that small pictures lose their aspect ratio, as published."""
+        """Longer side ≤ `longest`, then each ≥ `shortest`: small pictures are distorted, as published."""
         ratio = width / height
         if width >= height and width > self.longest:
             width = self.longest
