@@ -25,7 +25,7 @@ from mimic import Recorder, align_loss, lm_loss
 from model import KVCache
 from support.files import InputError, check_finite, fits_into_memory, load_state, run_command, save_state
 from support.options import Parser, add_common_arguments, add_training_arguments, early, read_run, taken
-from support.parallel import add, add_gradients, join, leave, rank, share, wait
+from support.parallel import add, add_gradients, join, leave, rank, wait, world
 from support.results import about, already_finished, begin_run, open_log
 
 LOG = ("step", "epoch", "loss", "align", "ce", "lr", "grad_norm", "seconds", "dev")    # columns of log.csv
@@ -136,7 +136,7 @@ def train(args, compute, adapter, samples, dev_score, save, folder):
                 # 1. Two passes, two losses, one backward for every micro-batch; the processes share them.
                 optimiser.zero_grad()
                 sums = torch.zeros(2)
-                for queries, icds in share(micro):
+                for queries, icds in micro[rank()::world()]:
                     with fits_into_memory("--batch-size", args.batch_size):
                         align, ce = compute(queries, icds)
                         loss = args.lambda_align * align + args.lambda_ce * ce

@@ -5,11 +5,10 @@
     v = Σ_{(l,h) in A} W_o^lh ā_lh              A: 10 heads of largest mean IE; W_o^lh (d,D): o_proj's columns
     inference, no demonstrations:  h_l(last token) ← h_l(last token) + v    one layer l, chosen on dev
 
-v is added in every pass of generation: to the prompt's last token, then to each generated one. Clean prompts:
-100 training samples behind 10 demonstrations, such that the answer's first token is the one that the model
-finds most probable. The 25 shuffled prompts have queries of these, new demonstrations, and those
-demonstrations' answers permuted. A patched head changes nothing but the last token, so all before it is
-computed once a prompt, and the heads of a layer are rows of a batch of single tokens.
+v is added in every pass: to the prompt's last token, then to each generated one. Clean prompts: 100 training
+samples behind 10 demonstrations, whose answer the model begins right. 25 shuffled prompts: queries of these,
+new demonstrations with their answers permuted. A patched head changes nothing but the last token, so all
+before it is computed once a prompt, and the heads of a layer are rows of a batch of single tokens.
 """
 
 import copy
@@ -44,9 +43,6 @@ class FunctionVector(TaskVector):
         """→ no demonstrations for any query, and the function vector; dev_score chooses the layer."""
         features = encode_images(model, processor, pool, {}, "encode images")
 
-        def inputs(asked, icds):
-            return prompts(asked, icds, processor, template).inputs(model, features)
-
         def first_token(query):              # of the true answer, written as demonstrations write it
             ids, parts = row(processor, replace(template, separator=""), [], query)
             return ids[parts.index(ANSWER)]
@@ -57,8 +53,8 @@ class FunctionVector(TaskVector):
         order = random.Random(f"{seed}-clean").sample(pool, len(pool))
         for asked in tqdm(chunks(order, batch_size), desc="clean prompts", unit="batch"):
             reader = HeadReader()
-            prompt = inputs(asked, draw(pool, asked, shots, f"{seed}-clean"))
-            states = model.hidden_states(**prompt, shifts=reader, last=1)
+            rows = prompts(asked, draw(pool, asked, shots, f"{seed}-clean"), processor, template)
+            states = model.hidden_states(**rows.inputs(model, features), shifts=reader, last=1)
             said = model.lm_head(states[:, -1]).argmax(-1).tolist()
             new = [i for i, q in enumerate(asked) if said[i] == first_token(q)][:PROMPTS - len(right)]
             total = total + torch.stack(reader.outputs)[:, new].sum(1)                   # (L,H,D)
@@ -77,7 +73,8 @@ class FunctionVector(TaskVector):
             icds, = draw(pool, [query], shots, f"{seed}-shuffled")
             targets = random.Random(f"{seed}-targets-{query.id}").sample([s.target for s in icds], shots)
             icds = [replace(s, target=target) for s, target in zip(icds, targets, strict=True)]
-            effect = indirect_effects(model, inputs([query], [icds]), first_token(query), values)
+            prompt = prompts([query], [icds], processor, template).inputs(model, features)
+            effect = indirect_effects(model, prompt, first_token(query), values)
             effects = effects + effect / len(shuffled)
         largest = effects.flatten().sort(descending=True, stable=True).indices[:HEADS].tolist()
         heads = [divmod(i, effects.shape[1]) for i in largest]
@@ -92,7 +89,6 @@ class FunctionVector(TaskVector):
 
 class HeadReader(Shifts):
     """Keeps the head outputs of one pass at its last token: .outputs, one (B,H,D) tensor a layer."""
-
     def __init__(self):
         self.outputs = []
 
@@ -103,7 +99,6 @@ class HeadReader(Shifts):
 
 class HeadPatch(Shifts):
     """Of H equal rows in row h the layer's head h gives values[h] at the last token; values (H,D)."""
-
     def __init__(self, layer, values):
         self.layer = layer
         self.values = values

@@ -2,10 +2,9 @@
 
     softmax(q·[K̂;K]) [V̂;V] = SA(q,K,V) + μ·(SA(q,K̂,V̂) − SA(q,K,V)), μ = Z1/(Z1 + Z2), Z1 = Σ_i e^(q·K̂_i)
 
-which is MimIC's identity (mimic.py) with n virtual demonstrations in the place of the true ones. K̂ = K_A K_B
-and V̂ = V_A V_B (n,D) have rank r, for every head of every layer; virtual keys stay unrotated. Z2 is over the
-keys the softmax sees (not in the official code). Trained by the LM loss alone. At start V_B = 0: pairs that
-add nothing; the others, our choice: K_A, V_A ~ N(0, 1/r), K_B ~ N(0, 0.02²).
+which is MimIC's identity (mimic.py) with n virtual demonstrations. K̂ = K_A K_B and V̂ = V_A V_B (n,D) have
+rank r, for every head of every layer; virtual keys stay unrotated. Z2 is over the keys the softmax sees (not
+in the official code). Only L_gt. At start V_B = 0; our choice: K_A, V_A ~ N(0, 1/r), K_B ~ N(0, 0.02²).
 """
 
 import torch

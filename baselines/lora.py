@@ -3,9 +3,8 @@
     y = W x + (α/r) · B A x̃     W (d_out,d_in) frozen, A (r,d_in), B (d_out,r); B = 0 at start: base model
                                 x̃: x under dropout while training, else x
 
-on the q, k, v and o projections; scope "text": of the decoder; "all": of every module with such a name, the
-vision tower's (its out_proj has another) and the connector's too (official code). At start A is uniform in
-±1/√d_in, as in the paper's code. Trained by the LM loss alone.
+on the q, k, v and o projections of the decoder, or with scope "all" of every module with such names, as in
+the official code (the tower's out_proj has another). A starts uniform in ±1/√d_in. Trained by L_gt alone.
 """
 
 import copy
@@ -23,7 +22,6 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 class LoRALinear(nn.Module):
     """y = W x + b + scale · B A x̃.  The linear and A, B are those given, not copies."""
-
     def __init__(self, linear, A, B, scale, dropout):
         super().__init__()
         self.linear = linear

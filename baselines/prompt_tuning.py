@@ -2,8 +2,8 @@
 
     [<s>; x_1 … x_T]  →  [<s>; p_1 … p_n; x_1 … x_T]        p (n,d): n tokens more to read, for every query
 
-The prompt gets n placeholder tokens right behind <s>, and `after_embedding` puts p in the place of their
-embeddings. p starts as the embeddings of n words drawn from the vocabulary, and is trained by the LM loss.
+The prompt gets n times <unk> right behind <s>, and `after_embedding` puts p in the place of their embeddings.
+p starts as the embeddings of n words drawn from the vocabulary, and is trained by the LM loss.
 """
 
 from dataclasses import replace
@@ -12,8 +12,6 @@ import torch
 import torch.nn as nn
 
 from mimic import Adapter, lm_loss
-
-PLACEHOLDER = "<unk>"             # a token of every vocabulary; its own embedding is never read
 
 
 class PromptTuning(Adapter):
@@ -30,7 +28,7 @@ class PromptTuning(Adapter):
     def for_model(cls, model, n=20, pad_id=None):
         words = model.text_model.embed_tokens.weight
         tuning = cls(n, words.shape[1], model.pad_id if pad_id is None else pad_id).to(model.device)
-        drawn = torch.randperm(len(words))[:n].to(model.device)
+        drawn = torch.randperm(len(words))[:n]
         tuning.vector.data = words.detach()[drawn].float()
         return tuning
 
@@ -39,7 +37,7 @@ class PromptTuning(Adapter):
         return {"n": len(self.vector), "pad_id": self.pad_id}
 
     def template(self, template):
-        return replace(template, instruction=PLACEHOLDER * len(self.vector) + template.instruction)
+        return replace(template, instruction="<unk>" * len(self.vector) + template.instruction)
 
     def after_embedding(self, input_ids, x):
         """p in the n columns behind each row's first token; a single column is a generated token."""

@@ -26,8 +26,7 @@ def image_vector(model, pixel_values, pixel_mask):
 
 
 def nearest(pool, queries, shots, vectors):
-    """For every query the `shots` samples of the pool with the nearest pictures, the most similar first, of
-    equals the first in the pool. vectors: image id → z (d_vision)."""
+    """Each query's `shots` samples, nearest picture first, of equals the pool's first. vectors: id → z."""
     ids = list(dict.fromkeys(s.image_id for s in pool))      # a picture is compared once, so that all of its
     images = torch.stack([vectors[i] for i in ids])          # questions are equally similar, to the last bit
     places = [ids.index(s.image_id) for s in pool]

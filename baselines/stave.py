@@ -29,7 +29,6 @@ def cue_length(processor, template):
 
 class STAVE(Adapter):
     """`model(…, shifts=stave)` on prompts to generate from: all but <s> is covered; on others see `Parted`.
-
     fp32 parameters: W (2,d), the readout row and the context row."""
     defaults = {"lr": 3e-3, "lambda_ce": 1.0, "shots": 1}                    # its authors: 8 shots on COCO
     toy_lr = 3e-1
@@ -81,7 +80,6 @@ class STAVE(Adapter):
 
 class Parted(Shifts):
     """STAVE on rows with demonstrations or an answer: every token says which part of them it is."""
-
     def __init__(self, stave, rows):
         self.stave = stave
         self.prompt = (rows.part == INSTRUCTION) | (rows.part == QUERY)

@@ -3,8 +3,8 @@
     θ_l = mean over dummy queries of h_l(last token of [demonstrations, dummy query])
     inference, no demonstrations:  h_l(last token of the prompt) ← θ_l    one layer l, chosen on dev
 
-h_l: the state after layer l. Dummy queries are training samples, each behind demonstrations of its own. The
-prompt alone is patched. What the other tokens know of the query, the layers above l can still attend to.
+h_l: the state after layer l. 100 dummy queries are training samples, each behind demonstrations of its own.
+The prompt alone is patched. What other tokens know of the query, the layers above l can still attend to.
 """
 
 import random
@@ -16,8 +16,6 @@ from tqdm import tqdm
 from data import chunks, draw, encode_images, prompts
 from mimic import Adapter, Recorder
 from model import Shifts
-
-DUMMIES = 100                     # dummy queries that θ is the mean of
 
 
 class TaskVector(Adapter):
@@ -52,7 +50,7 @@ class TaskVector(Adapter):
     def prepare(cls, model, processor, template, pool, queries, shots, seed, batch_size, dev_score):
         """→ no demonstrations for any query, and the task vector; dev_score chooses the layer."""
         features = encode_images(model, processor, pool, {}, "encode images")
-        dummies = random.Random(f"{seed}-dummies").sample(pool, min(DUMMIES, len(pool)))
+        dummies = random.Random(f"{seed}-dummies").sample(pool, min(100, len(pool)))
         batches = [prompts(some, draw(pool, some, shots, f"{seed}-dummy"), processor, template)
                    for some in chunks(dummies, batch_size)]
         states = mean_states(model, features, batches)

@@ -16,8 +16,7 @@ TWO_WORDS = [                         # read as one, so that a "hot dog" is no d
     "cell phone", "mobile phone", "laptop computer", "teddy bear", "hair drier", "potted plant",
 ]
 PAIRS = {pair: pair for pair in TWO_WORDS}
-PAIRS |= {f"baby {animal}": animal for animal in ALIKE}                           # this baby is no person,
-PAIRS |= {f"adult {animal}": animal for animal in ALIKE}
+PAIRS |= {f"{age} {name}": name for age in ("baby", "adult") for name in ALIKE}    # this baby is no person,
 PAIRS |= {"passenger jet": "jet", "passenger train": "train"}                     # nor is this passenger,
 PAIRS |= {"bow tie": "tie", "toilet seat": "toilet", "sport ball": "sports ball"}  # and this seat no chair
 PLURALS = [                           # endings in the plural and in the singular; the first that fits counts
@@ -63,9 +62,8 @@ def caption_objects(caption: str, nodes: dict[str, str]) -> list[str]:
 
 
 def chair(captions: list[str], truths: list[set[str]], nodes: dict[str, str]) -> dict[str, float]:
-    """CHAIRs, CHAIRi and recall in [0, 1] of captions against the nodes that are in their pictures: those of
-    the instance annotations and of the reference captions. Without any mention CHAIRi is 0, without any truth
-    recall. Raises ValueError unless there is one truth a caption."""
+    """→ CHAIRs, CHAIRi and recall in [0, 1], 0 without any mention or truth. truths: each picture's nodes, of
+    instance annotations and reference captions. Raises ValueError unless there is one a caption."""
     said = [caption_objects(caption, nodes) for caption in captions]
     both = list(zip(said, truths, strict=True))
     invented = [[node for node in mentioned if node not in truth] for mentioned, truth in both]

@@ -3,7 +3,7 @@
     CIDEr-D(c) = 10 · mean_n mean_r  e^{-(l_c - l_r)² / 2σ²} · <min(g_c, g_r), g_r> / (|g_c| |g_r|)
     g(w)       = count(w) · (log N - log max(1, df(w))),    df(w): how many of N pictures' references have w
 
-Vedantam et al. 2015; the numbers of pycocoevalcap, whose lengths l count bigrams. 1.0 is "100" in papers.
+Vedantam et al. 2015; as pycocoevalcap, whose lengths l count bigrams; σ = 6. 1.0 is "100" in papers.
 """
 
 import math
@@ -37,17 +37,9 @@ def cosine(c, r):
     return dot / (math.hypot(*c.values()) * math.hypot(*r.values()))
 
 
-def length_penalty(c, r, sigma):
-    """e^{-(l_c - l_r)² / 2σ²} of two captions, lists of words."""
-    difference = max(0, len(c) - 1) - max(0, len(r) - 1)
-    return math.exp(-difference ** 2 / (2 * sigma ** 2))
-
-
-def cider(candidates: list[str], references: list[list[str]], sigma: float = 6.0) -> tuple[float, np.ndarray]:
-    """N captions and their lists of references → the corpus score, which is the mean, and the N scores.
-
-    Each score depends on the whole set, whose references give the df; N = 1 scores 0. Raises ValueError if
-    there is no candidate, or one without references."""
+def cider(candidates: list[str], references: list[list[str]]) -> tuple[float, np.ndarray]:
+    """N captions, N lists of references → the corpus score, which is the mean, and the N scores; df is of all
+    N, so that N = 1 scores 0. Raises ValueError without candidates, or for one without references."""
     from metrics.ptb import ptb_tokenize
     N = len(candidates)
     if not N or len(references) != N or not all(references):
@@ -58,7 +50,8 @@ def cider(candidates: list[str], references: list[list[str]], sigma: float = 6.0
     for candidate, refs in zip(ptb_tokenize(candidates), references, strict=True):
         group = [candidate, *(next(lines) for _ in refs)]
         groups.append([caption.split() for caption in group])
-    penalties = [[length_penalty(c, r, sigma) for r in refs] for c, *refs in groups]
+    lengths = [[max(0, len(caption) - 1) for caption in group] for group in groups]
+    penalties = [[math.exp(-(c - r) ** 2 / (2 * 6 ** 2)) for r in refs] for c, *refs in lengths]
 
     rarity = [math.log(N) - math.log(max(1, i)) for i in range(N + 1)]
     scores = np.zeros(N)

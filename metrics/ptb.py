@@ -89,8 +89,7 @@ RULES = [  # (what becomes of the token, the token[, what must follow it])
             r"|o<APOS>clock|cont<APOS>d\.?|nor<APOS>easter|e<APOS>er|s<APOS>mores|ev<APOS>ry|li<APOS>l"
             r"|nat<APOS>l|d<APOS>ye|o<TICK>o)"),
     (PLAIN, "[lLdDjJ]<APOS>"), (PLAIN, "[A-HJ-XZn]<TICK><L>{2,}"),
-    (PLAIN, "<L>+[aeiouyAEIOUY]<TICK>[aeiouA-Z]<L>*"),
-    (PLAIN, "[yY]<APOS>", "<L>"),
+    (PLAIN, "<L>+[aeiouyAEIOUY]<TICK>[aeiouA-Z]<L>*"), (PLAIN, "[yY]<APOS>", "<L>"),
     # addresses; ",-_" is a range, a slip of the original, so a bare domain has neither capitals nor digits
     (PLAIN, r"""(?i:https?)://[^ \t\n\f\r"<>|(){}]+<URLEND>"""),
     (PLAIN, r"""(?i:www)\.(?:[^ \t\n\f\r"<>|.!?(){},]+\.)+?[a-zA-Z]{2,4}<PATH>"""),  # lazy: a path goes on
@@ -116,8 +115,7 @@ RULES = [  # (what becomes of the token, the token[, what must follow it])
     (PLAIN, "<ABBR>", "<SN>(?:<SN>|[A-Z]|<TAG>)"), (PLAIN, "<ABBR>", r"[\s\S]{2}"), (PLAIN, "<ABBR>"),
     (PLAIN, "[A-Za-z]", r"\.<NEXT>"), (PLAIN, r"<ACRONYM>\.", "<NEXT>"),
     (PLAIN, r"<TITLE>\."), (PLAIN, "<TITLE>", "<SN>"),
-    (PLAIN, r"(?i:<NUMBERED>)\.", "<SN>?<D>"),
-    (PLAIN, r"(?i:pp?t[ye]s?|co)\.", "<S>(?i:ltd|lim)"),
+    (PLAIN, r"(?i:<NUMBERED>)\.", "<SN>?<D>"), (PLAIN, r"(?i:pp?t[ye]s?|co)\.", "<S>(?i:ltd|lim)"),
     (PLAIN, r"<CD>+(?:\.<CD>+)*\.(?i:<FILES>)", "<SN>|[.?!,]"),
     # compounds
     (PLAIN, r"<HYPHENED>\.", "<PAUSE>"), (PLAIN, "<HYPHENED>"),
@@ -147,18 +145,15 @@ REMOVED = {"", "'", "''", "`", "``", ".", "?", "!", ",", ":", "-", "--", "...", 
 
 
 def ptb_tokenize(texts: list[str]) -> list[str]:
-    """Caption tokens joined by blanks, one string a text, as pycocoevalcap's PTBTokenizer gives them.
-
-    As there, the list is read as *one* text, a line each: an abbreviation at the end of a line depends on how
-    the next begins. Three differences, where the original loses count of the lines or depends on the end of
-    the file: any other line break is a blank, a quoted value in a tag ends with its line, and the last line
-    ends in a line break too."""
+    """Caption tokens joined by blanks, one string a text. As in the original the list is read as *one* text,
+    a line each: an abbreviation at the end of a line depends on how the next begins. Three differences, where
+    it loses count of the lines or depends on the end of the file: any other line break is a blank, a quoted
+    value in a tag ends with its line, and the last line ends in a line break too."""
     text = "".join(re.sub("[\n\r\x0b\x0c\u2028\u2029]", " ", line) + "\n" for line in texts)
     tokens = []
     at = 0
     while at < len(text):
-        run = WORDS.match(text, at)
-        if run:
+        if run := WORDS.match(text, at):
             tokens.append(run[0].replace(",", "").replace(".", "").lower())
             at = run.end()
             continue

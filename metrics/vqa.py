@@ -7,7 +7,6 @@ import re
 
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4",
            "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
-ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 # The official table by its values: its keys are each value less any one apostrophe (couldnt've, couldn'tve).
 CONTRACTED = [
@@ -32,10 +31,8 @@ def vqa_strip(text: str) -> str:
 
 def vqa_punctuation(text: str) -> str:
     """A mark goes if the *original* text has it beside a blank, or a comma between digits; else it becomes a
-    blank.
-
-    Then every "." not followed by a digit goes, but 32 at most: the official call passes re.UNICODE, which is
-    32, as its `count` (and has a slip in its look-behind, so what stands before the "." does not matter)."""
+    blank. Then every "." not before a digit goes, but 32 at most: the official call passes re.UNICODE, 32, as
+    its `count` (and has a slip in its look-behind, so what stands before the "." does not matter)."""
     tight = re.search(r"\d,\d", text)
     out = text
     for mark in PUNCTUATION:
@@ -47,7 +44,7 @@ def vqa_punctuation(text: str) -> str:
 def vqa_digits_articles(text: str) -> str:
     """Lower case, number words to digits ("none" is 0), a/an/the out, apostrophes back into contractions."""
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
 def vqa_normalize(text: str) -> str:
@@ -56,10 +53,9 @@ def vqa_normalize(text: str) -> str:
 
 
 def vqa_accuracy(answer: str, truths: list[str]) -> float:
-    """Official VQA accuracy in [0, 1] of an answer against the (usually 10) annotators' truths.
-
-    As in the official tool nothing is normalised, the answer included, when all truths are the same string;
-    and one truth alone has no others, so it scores 0. Raises ValueError without truths."""
+    """VQA accuracy in [0, 1] of an answer against the (usually 10) annotators' truths. As in the official
+    tool nothing is normalised, the answer included, when all truths are the same string; and one truth alone
+    has no others, so it scores 0. Raises ValueError without truths."""
     if not truths:
         raise ValueError("vqa_accuracy needs at least 1 truth, got 0")
     answer = vqa_strip(answer)

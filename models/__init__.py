@@ -1,5 +1,4 @@
-"""The models: `of(folder)` says which of them a folder holds. A new one is a file here, with model.py's
-names, and two lines below."""
+"""The models: `of` says which a folder holds. A new one: a file with model.py's names, two lines in `of`."""
 
 from pathlib import Path
 

@@ -1,18 +1,13 @@
 """Idefics1 (idefics-9b), the paper's second model: its decoder looks at pictures by cross-attention.
 
-    model = Idefics1.from_pretrained("idefics-9b", dtype=torch.bfloat16, device="cuda")  # as Idefics2
-    image_features = model.encode_images(pixel_values, pixel_mask)                    # (N,n_latents,d_vision)
-    logits = model(input_ids, attention_mask, image_features, shifts=…)               # a token a picture
-
 A picture is one <image> token, an ordinary word, and before every 4th layer the states go through a gated
 block that attends to the latest picture at or before the token:
 
     x ← x + tanh(α) · CrossAttention(RMS(x), picture)          0 where there is no picture yet
     x ← x + tanh(α') · SwiGLU(RMS(x))                          for every token
 
-Shifts see the layers of the decoder alone, not these blocks. Letters as in model.py, M pictures of a prompt,
-n latents of a picture. Reference: Laurençon et al. 2023 (OBELICS), after Alayrac et al. 2022 (Flamingo); the
-judge of the tests is transformers' IdeficsForVisionText2Text.
+Shifts see the decoder's layers, not these blocks. Letters as in model.py, M pictures, n latents each.
+Laurençon et al. 2023, after Alayrac et al. 2022 (Flamingo); judge: transformers' IdeficsForVisionText2Text.
 """
 
 import re
@@ -226,8 +221,7 @@ class GatedBlock(nn.Module):
 
 
 def latest_picture(input_ids, image_id, end_id):
-    """The number of the picture that a token looks at, (B,T) → (B,T): the latest at or before it in its row;
-    −1 = none: before the first one, and behind an end token until the next one."""
+    """Number of the latest picture, (B,T); −1 before the first, and behind an end token until the next."""
     column = torch.arange(input_ids.shape[1], device=input_ids.device)
     image_at = torch.where(input_ids == image_id, column, -1).cummax(1).values
     end_at = torch.where(input_ids == end_id, column, -1).cummax(1).values
@@ -239,7 +233,6 @@ class Pictures:
     """The pictures of B prompts as the blocks read them: .features (B,M·n,d_vision), zeros where a row has
     fewer than M; .mask (B,1,T,S·n) bool, a token sees the latest; .seen (B,T,1) bool, False = none yet.
     kept (B,1,1) bool: rows whose earlier pass has left a picture before the new ones: S = 1 + M, else M."""
-
     def __init__(self, which, counts, image_features, kept=None):
         self.n = image_features.shape[1]
         numbers = torch.arange(int(counts.max()), device=which.device)
@@ -274,8 +267,7 @@ class CrossDecoder(TextModel):
         self.perceiver_resampler = Resampler(c.perceiver, d_vision)
 
     def enter(self, layer, x, pictures, cache=None):
-        """The block before a layer, (B,T,d) → (B,T,d). The next tokens look at every row's last picture: its
-        keys and values go into the cache."""
+        """(B,T,d) → (B,T,d) by the block before a layer; each row's last picture stays in the cache."""
         block = self.gated_cross_attn_layers[self.crossed.index(layer)]
         k, v, seen = cache and cache.pictures.get(layer) or (None, None, None)
         if pictures is None:

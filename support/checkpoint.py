@@ -1,8 +1,4 @@
-"""A model folder as published: sizes in config.json, token ids in generation_config.json, tensors.
-
-    with read_config(path, "idefics2") as raw:          # what is raised within becomes one line with the name
-        vision = sizes(VisionConfig, raw["vision_config"], act="gelu_pytorch_tanh")
-"""
+"""A model folder as published: sizes in config.json, token ids in generation_config.json, tensors."""
 
 import contextlib
 from dataclasses import fields
@@ -14,7 +10,7 @@ from support.files import read_json, reading
 
 @contextlib.contextmanager
 def read_config(path, model_type):
-    """→ the object in config.json. Raises InputError for another type, and for whatever is wrong within."""
+    """with read_config(…) as raw: the object in config.json; what is raised within becomes InputError."""
     with reading(path, f"a config of model_type {model_type!r}"):
         raw = read_json(path)
         if raw["model_type"] != model_type:
@@ -41,8 +37,7 @@ def entry(raw, name, default):
 
 
 def sizes(kind, raw, act):
-    """A section of config.json as the dataclass `kind`, whose defaults are what the file leaves out. act: the
-    only activation that we have."""
+    """A section of config.json as the dataclass `kind`, with its defaults. act: the only one that we have."""
     raw = dict(raw or {})
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     expect(raw, "hidden_act", act)

@@ -1,9 +1,7 @@
-"""Files: whatever is wrong with one is a single line, and what is written is written whole.
+"""Files: whatever is wrong with one is a single line; what is written is written whole, by process 0 alone.
 
     with reading(path, "VQA questions"):      # KeyError, … → "PATH: expected VQA questions, found: no 'x'"
         questions = [q["question"] for q in read_json(path)["questions"]]
-
-Only process 0 of torchrun writes.
 """
 
 import contextlib
@@ -69,9 +67,7 @@ def chunks(items, size):
 
 
 def read_tensors(path, what):
-    """→ the tensors {name: tensor} and the metadata {name: text} of a safetensors file.
-
-    Raises InputError, naming `what` was expected, for another file, NaN or infinity."""
+    """A safetensors file → {name: tensor}, metadata. Raises InputError for another file, NaN or infinity."""
     with reading(path, f"{what} in safetensors"):
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}

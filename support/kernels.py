@@ -1,7 +1,4 @@
-"""The same results by faster kernels: model.py has the equations, and tests hold every kernel equal to them.
-
-Nothing here is needed to understand the model. Without it everything would be slower, and read the same.
-"""
+"""The same results by faster kernels: model.py has the equations, and tests hold each kernel to them."""
 
 import contextlib
 import ctypes
@@ -21,10 +18,8 @@ def sdpa(q, k, v, mask):
 
 
 def attention_with_lse(q, k, v, mask):
-    """`model.attention` → out (B,H,T,D), lse (B,H,T), or None where there is no such kernel.
-
-    It is the CPU's, and passes no gradient on to lse. Rows with no allowed key have out = 0, their lse means
-    nothing."""
+    """`model.attention` by the CPU's kernel → out (B,H,T,D), lse (B,H,T); None elsewhere, and with gradients,
+    which it does not pass on to lse. Rows with no allowed key have out = 0, their lse means nothing."""
     if q.device.type != "cpu" or torch.is_grad_enabled():
         return None
     added = torch.where(mask, 0.0, -torch.inf).to(q.dtype)                     # to the scores
@@ -32,9 +27,7 @@ def attention_with_lse(q, k, v, mask):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding; on the meta device without the random numbers, for which torch would import its compiler:
-    2 s."""
-
+    """nn.Embedding; on the meta device without random numbers, for which torch imports its compiler (2 s)."""
     def reset_parameters(self):
         if not self.weight.is_meta:
             super().reset_parameters()
@@ -43,7 +36,6 @@ class Embedding(nn.Embedding):
 class Linear(nn.Linear):
     """nn.Linear. Without gradients, large fp32 weights on a CPU are multiplied by oneDNN: for the few rows of
     a decoding step it is up to six times as fast as the library that torch takes."""
-
     LARGE = 2 ** 17 if torch.backends.mkldnn.is_available() else torch.inf     # below, the call costs more
 
     def forward(self, x):
@@ -55,9 +47,8 @@ class Linear(nn.Linear):
 
 
 def keep_freed():
-    """Tells glibc to keep the memory that it is given back. By default the system gets it and hands it out
-    anew, page by page, in every layer of a pass: a tenth of the time on a CPU. Peaks stay as they are. Other
-    C libraries are left alone."""
+    """Tells glibc to keep freed memory. By default the system gets it and hands it out anew, page by page, in
+    every layer of a pass: a tenth of the time on a CPU. Other C libraries are left alone."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 2**31 - 1)          # M_TRIM_THRESHOLD of malloc.h, bytes

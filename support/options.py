@@ -24,14 +24,12 @@ MOVED = {                         # an option of earlier versions → what does 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """A line for most options; values are N."""
-
     def _get_default_metavar_for_optional(self, action):
         return "N"
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line (InputError), no abbreviations, the script's docstring as its help."""
-
     def __init__(self, doc, prog=None):
         first, _, rest = doc.partition("\n\n")
         super().__init__(prog=prog, usage="%(prog)s [options]", description=first, epilog=rest,
@@ -100,8 +98,7 @@ def read_run(folder, methods):
 
 
 def add_common_arguments(parser, argv, datasets):
-    """What train.py and eval.py share → the group `run`. Some defaults depend on the dataset and the device
-    that the command line names."""
+    """What train.py and eval.py share → the group `run`. Some defaults depend on argv's dataset or device."""
     given = early(("dataset", "device"), argv)
     dataset = given.dataset if given.dataset in datasets else "toy"
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -139,8 +136,7 @@ def add_training_arguments(parser, methods, takes):
     add("--shots", type=number(int, 0), help="the teacher's demonstrations (default: the paper's)")
     add("--draws", type=number(int, 0), default=0, metavar="N",
         help="sets of demonstrations that a query meets; 0 (default) = a new one every epoch")
-    add("--epochs", type=number(int, 1),
-        help="(default: 15 up to 99 samples, 10 up to 500, else the paper's, 5 of Idefics2)")
+    add("--epochs", type=number(int, 1), help="default: 15 up to 99 samples, 10 up to 500, else the paper's")
     add("--batch-size", type=number(int, 1), default=4, help="queries at a time (default 4)")
     add("--accumulate", type=number(int, 1), default=1, metavar="N", help="batches a step (default 1)")
     add("--lr", type=number(float, 0, 1e3), help="highest rate of AdamW (default %(default)g)")

@@ -2,9 +2,8 @@
 
     torchrun --nproc-per-node 2 -- train.py --accumulate 2 --dataset okvqa --model FOLDER --data FOLDER
 
-Every process runs the whole script with the whole model. The processes share a step's micro-batches and the
-batches of answers: `add` sums gradients, `gather` brings answers together. gloo between CPUs, nccl between
-GPUs, one process a GPU.
+Every process runs the whole script with the whole model, on a GPU of its own if there are any. They share a
+step's micro-batches, whose gradients are summed, and the batches of answers, which `gather` brings together.
 """
 
 import os
@@ -36,11 +35,10 @@ def join(device):
         torch.cuda.set_device(device)
     with reading(f"--device {device}", "a device of this machine"):
         torch.empty(0, device=device)
-    if alone:
+    if alone or dist.is_initialized():
         return device
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))     # who dies is noticed at once anyway
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=12))         # who dies is noticed at once anyway
     if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device
@@ -50,11 +48,6 @@ def leave():
     """Ends what `join` began."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def share(items):
-    """What this process does of a list: every world-th, from its rank on."""
-    return items[rank()::world()]
 
 
 def together(call, *arguments):

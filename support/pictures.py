@@ -62,8 +62,7 @@ class ImageTransform:
         return {name: pixels(size.get(name)) for name in ("longest_edge", "shortest_edge")}
 
     def resized(self, width, height):
-        """Width and height after the resize: the longer side at most `longest`, each at least `shortest`, so
-        that small pictures lose their aspect ratio, as published."""
+        """Longer side ≤ `longest`, then each ≥ `shortest`: small pictures are distorted, as published."""
         ratio = width / height
         if width >= height and width > self.longest:
             width = self.longest
@@ -78,8 +77,7 @@ class ImageTransform:
         arrays = []
         for picture in map(to_rgb, pictures):
             size = self.resized(*picture.size)
-            resized = picture if size == picture.size else picture.resize(size, self.resample)
-            u8 = np.asarray(resized)                                                               # (H,W,3)
+            u8 = np.asarray(picture.resize(size, self.resample))                                   # (H,W,3)
             channels = [self.pixel_of_byte[:, c][u8[:, :, c]] for c in range(3)]
             arrays.append(np.stack(channels))
         H = max(a.shape[1] for a in arrays)
@@ -94,7 +92,6 @@ class ImageTransform:
 
 def encode_images(model, processor, samples, features, progress=None, encode=None):
     """Fills `features` {image id: (n_latents,d)} with what it lacks, each distinct picture once → features.
-
     Pictures of one size go together, so that nothing is padded. progress: title of a progress bar, or None.
     encode(pixel_values, pixel_mask) → one tensor an image: in the place of the model's own."""
     encode = encode or model.encode_images
@@ -107,7 +104,6 @@ def encode_images(model, processor, samples, features, progress=None, encode=Non
             for chunk in chunks(group, max(1, PIXELS_AT_ONCE // (width * height))):
                 values, mask = processor.images([s.picture() for s in chunk])
                 encoded = encode(values.to(model.device), mask.to(model.device))
-                for s, found in zip(chunk, encoded, strict=True):
-                    features[s.image_id] = found
+                features.update(zip([s.image_id for s in chunk], encoded, strict=True))
                 bar.update(len(chunk))
     return features

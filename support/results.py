@@ -1,8 +1,6 @@
 """A run's folder: args.json, log.csv, and of its evaluations results.json, a list of rows, and
-predictions.jsonl, a line an answer.
-
-While a row is being made its answers stand in predictions.jsonl one by one, so that --resume can go on behind
-them; once they are scored they are replaced by lines with scores, and the row joins results.json.
+predictions.jsonl, a line an answer. Answers stand there one by one, so that --resume can go on behind them;
+once a row has all of them, lines with scores replace them, and the row joins results.json.
 """
 
 import contextlib
@@ -37,8 +35,7 @@ def about(args):
 
 
 def new_row(args, metric, split, method, shots, n, shifts=None, file=None, seconds=0):
-    """What a row says before it is made. made_with: digest of all that its answers depend on, the adapter's
-    file included. parameters: the trained or fitted ones."""
+    """A row before it is made. made_with: digest of what its answers depend on; parameters: those trained."""
     given = settings(vars(args))
     made_of = hashlib.sha256(file.read_bytes()).hexdigest() if file else ""
     parameters = sum(p.numel() for p in shifts.parameters() if p.requires_grad) if shifts else 0
@@ -48,11 +45,6 @@ def new_row(args, metric, split, method, shots, n, shifts=None, file=None, secon
            "train_seconds": round(seconds, 1)}
     row |= {name: given[name] for name in ALSO}
     return row | {"model": Path(args.model).resolve().name, "made_with": made_with[:12]}
-
-
-def title(row):
-    """Method and shots, as a person says them."""
-    return row["method"] + (f" {row['shots']}-shot" if row["shots"] else "")
 
 
 def alike(a, b):
@@ -82,14 +74,12 @@ def lines(records):
 
 class Unfinished:
     """A row that is being made: `made` {number of a sample: its answer and cost}, `keep`, `finish`.
-
     .done: the row is there, in .row, and `resume` asks for no more."""
-
     def __init__(self, folder, row, resume):
         make_folder(folder)
         self.results = Path(folder) / "results.json"
         self.predictions = Path(folder) / "predictions.jsonl"
-        self.title = title(row)
+        self.title = row["method"] + (f" {row['shots']}-shot" if row["shots"] else "")
         old = next((r for r in read_rows(self.results) if alike(r, row)), {})
         if differ := [k for k in ALSO if old.get(k, row[k]) != row[k]]:
             raise InputError(f"{folder}: expected no results of {self.title} or those of the same arguments, "
@@ -123,8 +113,7 @@ class Unfinished:
         return {"prompt_tokens": round(tokens, 1), "ms_per_query": round(ms, 2)}
 
     def finish(self, row, samples, answers, each, keys):
-        """Writes the scored answers, those in the official format (of two `keys`, or none), and at last the
-        row, which says that all is there → the row."""
+        """Writes the scored answers, an official file if there are two `keys`, and last the row → the row."""
         kind = {k: row[k] for k in SAME}
         scored = []
         for s, said, x in zip(samples, answers, each, strict=True):

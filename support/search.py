@@ -1,21 +1,13 @@
-"""Beam search and greedy search over next-token logits, whoever makes them.
-
-    search = BeamSearch(B, 3, max_new_tokens, length_penalty, ends, banned, pad_id)
-    tokens, parents = search.step(logits)                # (B,vocab) of the prompts; then, until search.done,
-    tokens, parents = search.step(logits)                # (B·3,vocab) of the beams
-    ids = search.result()
-"""
+"""Beam search and greedy search over next-token logits, whoever makes them."""
 
 import torch
 
 
 class BeamSearch:
     """Beam search over B prompts with K beams, as transformers with early_stopping=False; K = 1 is greedy.
-
     Every step takes the 2K (or more, if there are more end tokens) best continuations of a prompt. Those that
     end are finished hypotheses if they are among the best K; the best K others go on. A prompt is settled
     when its best running beam, at its present length, scores no more than its worst finished hypothesis."""
-
     NONE = -1e9                               # score of a beam or hypothesis that is not there
 
     def __init__(self, B, K, max_new_tokens, length_penalty, ends, banned, pad_id):
@@ -35,7 +27,7 @@ class BeamSearch:
         self.done = False
 
     def step(self, logits):
-        """Logits (B,vocab), later (B·K,vocab) → new tokens and the rows that they continue, (B·K,) each."""
+        """Logits (B,vocab), then (B·K,vocab) until .done → new tokens and the rows they continue, (B·K,)."""
         B, K, most = self.ids.shape
         vocab = logits.shape[1]
         rows = len(logits) // B               # beams of a prompt that came in: 1 at first, then K
@@ -62,8 +54,7 @@ class BeamSearch:
         self.ids = ids.take_along_dim(keep[:, :, None], 1)
         self.settled |= self.score[:, 0] / self.t ** self.penalty <= self.best[:, -1]
         self.done = bool(self.settled.all()) or self.t == most
-        first_rows = torch.arange(B, device=at.device)[:, None] * rows
-        parents = first_rows + parent.gather(1, keep)
+        parents = torch.arange(B, device=at.device)[:, None] * rows + parent.gather(1, keep)
         return token.gather(1, keep).flatten(), parents.flatten()
 
     def result(self):
