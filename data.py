@@ -276,7 +276,7 @@ class Processor(ImageTransform):
 
     @property
     def newline_id(self):
-        """The token of a line's end, which ends an answer."""
+        """The token that ends an answer."""
         return self.encode("a\n")[-1]
 
     def expand(self, text):

@@ -246,8 +246,7 @@ def parse(argv):
     if args.shots is None:
         args.shots = kind.shots
     if args.shots is None:
-        model_class, _ = models.of(args.model)
-        args.shots = model_class.shots
+        args.shots = models.of(args.model)[0].shots
     if args.shots < kind.least:
         raise InputError(f"--shots: expected at least {kind.least} for {args.method}, found {args.shots}")
     return args, kind

@@ -7,8 +7,7 @@
 
 Letters: B batch, T tokens, S keys (past + T), H heads, Hkv key/value heads, D head_dim, d hidden size, N
 images, P patches. Modules have the names of the published checkpoint, so that loading compares names and
-shapes. Reading a folder and the search are in support/checkpoint.py and support/search.py, loaded when
-somebody asks for them.
+shapes. Reading a folder and the search are in support/checkpoint.py and support/search.py.
 References: Laurençon et al. 2024 (Idefics2), Jiang et al. 2023 (Mistral), Dehghani et al. 2023 (NaViT); the
 tests judge by transformers' Idefics2ForConditionalGeneration.
 """

@@ -219,8 +219,7 @@ def default_epochs(n_samples, folder):
         return 15
     if n_samples <= 500:
         return 10
-    model_class, _ = models.of(folder)
-    return model_class.epochs
+    return models.of(folder)[0].epochs
 
 
 def choose_samples(args):

@@ -2,7 +2,6 @@
 
     python -m tools.fetch okvqa --data data                        # what `train.py --dataset okvqa` reads
     python -m tools.fetch vqav2 --data data --limit 500            # only 500 items of the evaluation split
-    python -m tools.fetch coco --data data --samples 200 --seed 1  # for `train.py --samples 200 --seed 1`
 
 Options are train.py's, of which --data, --samples, --dev-samples, --seed and --limit say what is needed. What
 is there and whole is left alone, so that the same command goes on where one was interrupted.
