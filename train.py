@@ -77,7 +77,8 @@ def teacher_pass(model, batch, features, recorder):
     cache.repeat(len(batch.align))
     query = batch.student.inputs(model, features)
     query_ids = query["input_ids"][:, -batch.T_q:]
-    mask = torch.cat([shown.expand(len(query_ids), -1), batch.align.to(model.device)], 1)
+    asked = batch.align.to(model.device)
+    mask = torch.cat([shown.expand(len(asked), -1), asked], 1)
     return model.hidden_states(query_ids, mask, query["image_features"], recorder, cache=cache)
 
 
