@@ -230,7 +230,8 @@ def choose_samples(args):
     annotated = all(q.answers for q in queries)
     if not annotated:
         print(f"{args.dataset} {split} has no annotations in {args.data}: evaluating on dev samples instead")
-        split, queries = "dev", dev
+        split = "dev"
+        queries = dev
     if not queries:
         raise InputError(f"{args.data}: expected annotations of {args.dataset} or dev samples, found neither")
     most = max(args.shots, *args.compare, 0)
