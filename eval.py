@@ -210,7 +210,7 @@ def report(args, folder, say, pool, queries, split, adapter, features, seconds):
         rows.append(made(method, say, queries, icds, None, features))
     path = folder / f"{args.method}.safetensors"
     alone = [[]] * len(queries)
-    rows.append(made(args.method, say, queries, alone, adapter, features, path, seconds))
+    rows.append(made(args.method, say, queries, alone, adapter, features, path, round(seconds, 1)))
     finish_run(folder)
     print("\n" + table(rows))
     return rows
@@ -288,7 +288,7 @@ def main(argv=None):
         began = time.perf_counter()
         icds, shifts = kind.prepare(model, processor, template, pool, queries, args.shots,
                                     args.seed, args.eval_batch_size, dev_score)
-        seconds = time.perf_counter() - began if shifts else 0
+        seconds = round(time.perf_counter() - began, 1) if shifts else 0
 
     # 3. Answers, scores
     row = evaluate(args, folder, split, args.method, say, queries, icds, shifts, features, path, seconds)

@@ -41,8 +41,7 @@ def new_row(args, metric, split, method, shots, n, shifts=None, file=None, secon
     parameters = sum(p.numel() for p in shifts.parameters() if p.requires_grad) if shifts else 0
     made_with = hashlib.sha256(json.dumps([given, split, made_of], sort_keys=True).encode()).hexdigest()
     row = {"dataset": args.dataset, "split": split, "method": method, "shots": shots, "metric": metric,
-           "score": None, "n": n, "seed": args.seed, "parameters": parameters,
-           "train_seconds": round(seconds, 1)}
+           "score": None, "n": n, "seed": args.seed, "parameters": parameters, "train_seconds": seconds}
     row |= {name: given[name] for name in ALSO}
     return row | {"model": Path(args.model).resolve().name, "made_with": made_with[:12]}
 
