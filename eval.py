@@ -275,7 +275,7 @@ def main(argv=None):
         shifts = baselines.load_adapter(path, args.method, model)
         icds = draw(pool, queries, args.shots, args.seed)
         rows = read_rows(Path(args.run) / "results.json")
-        seconds = next((r["train_seconds"] for r in rows if r["method"] == args.method), 0)
+        seconds = next((r.get("train_seconds", 0) for r in rows if r["method"] == args.method), 0)
     else:
         def dev_score(candidate):
             if not dev:

@@ -64,8 +64,9 @@ def generation_ids(folder, pad):
         raw = read_json(path)
         ends = raw.get("eos_token_id")
         ends = [ends] if isinstance(ends, int) else ends or []
-        banned = [int(token) for (token,) in raw.get("bad_words_ids") or []]
-        return list(map(int, ends)), banned, entry(raw, "pad_token_id", pad)
+        banned = [token for (token,) in raw.get("bad_words_ids") or []]
+        ends, banned = ([entry({"id": i}, "id", 0) for i in ids] for ids in (ends, banned))
+        return ends, banned, entry(raw, "pad_token_id", pad)
 
 
 def read_weights(folder):
