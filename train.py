@@ -35,7 +35,6 @@ LOG = ("step", "epoch", "loss", "align", "ce", "lr", "grad_norm", "seconds", "de
 def losses(model, adapter, batch, features, lambda_align=1.0, align_on="layer", align_norm=True,
            ce_on="answer"):
     """L_align and L_gt of a batch, two scalars in fp32.  Paper, Figure 3.
-
     features {image id: (n_latents,d)}; lambda_align 0: no teacher; align_on "layer" (the paper's H) or "ffn"
     (official code); ce_on: a mask of Batch, "answer" or "sequence" (official code)."""
     # 1. Teacher: the frozen model reads {demonstrations, query}.
