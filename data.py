@@ -227,7 +227,7 @@ def pick_icds(pool, query, shots, seed):
     picked = [s for s in picked if s.id != query.id][:shots]
     if len(picked) < shots:
         raise InputError(f"expected at least {shots} training samples beside the query for {shots} shots, "
-                         f"found {len(picked)}")
+                         f"found {len(picked)}; more --samples, or fewer --shots or --compare")
     return picked
 
 
@@ -442,5 +442,5 @@ def collate(queries, icds, processor, template, share=False):
 
 
 if __name__ == "__main__":
-    print("error: now `python -m tools.fetch DATASET` or `python -m tools.show DATASET`", file=sys.stderr)
+    print("error: data.py is no command; now python -m tools.fetch or tools.show DATASET", file=sys.stderr)
     sys.exit(2)

@@ -200,8 +200,7 @@ def read_samples(args, split, with_pool=True):
 
 
 def report(args, folder, say, pool, queries, split, adapter, features, seconds):
-    """Behind a training: evaluates demonstrations in the prompt, with the shots of --compare, and the adapter
-    in the folder → the rows, printed."""
+    """After training: evaluates in-context learning as --compare says, and the run's adapter → the rows."""
     made = partial(evaluate, args, folder, split)
     rows = []
     for shots in args.compare:
@@ -212,7 +211,8 @@ def report(args, folder, say, pool, queries, split, adapter, features, seconds):
     alone = [[]] * len(queries)
     rows.append(made(args.method, say, queries, alone, adapter, features, path, round(seconds, 1)))
     finish_run(folder)
-    print("\n" + table(rows))
+    print(f"\n{table(rows)}\n\n{folder}: trained in {seconds:.0f} s")
+    leave()
     return rows
 
 
@@ -228,7 +228,7 @@ def parse(argv):
     add("--method", choices=methods, help="what needs no training (default icl with --shots, else zero-shot)")
     add("--shots", type=number(int, 0), metavar="K",
         help="ICDs before each query, or in a vector's prompts (default: the paper's; with --run 0)")
-    add("--split", help="train, val or test, as the dataset has it (default: the dataset's own)")
+    add("--split", metavar="NAME", help="train, val or test, if the dataset has it (default: its own)")
     folder = early(["run"], argv).run
     if folder:
         saved = read_run(folder, baselines.adapters())

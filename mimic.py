@@ -46,7 +46,7 @@ def icl_attention(q, k_D, v_D, k, v, mask_D=None, mask=None):
 
 class Adapter(Stored, Shifts):
     """Shifts with parameters. A method is a subclass with its equation at the seam, and with
-    `for_model(model, **options)` → an untrained one on the model's device."""
+    `for_model(model, **options)` → an untrained one on its device; `sizes` and `kept` as in Stored."""
     defaults = {}                 # of train.py's options
     toy_lr = 2e-2                 # highest learning rate on the toy models
     official = None               # options that --official sets; None: the official code has no such method
@@ -112,7 +112,7 @@ class MimIC(Adapter):
         log_z1 = self.f(layer, q)
         log_z2 = lse
         if self.z2 == "unmasked":
-            _, log_z2 = attention(q, k, k[..., :1])
+            _, log_z2 = attention(q, k, k[..., :1])                  # no mask; nobody reads the values
         if self.mu_of == "layer":
             log_z1 = log_z1.sum(1, keepdim=True).expand_as(lse)
             log_z2 = log_z2.mean(1, keepdim=True)

@@ -542,8 +542,7 @@ class Idefics2(nn.Module):
         """The decoder's normed output states (B,T,d), or of the last columns (B,last,d): lm_head reads them.
 
         input_ids (B,T); attention_mask (B,S), 1 or True = token, S = T + the cache's length; image_features
-        (N,n_latents,d) or None; position_ids (B,T) default to cumsum(attention_mask) − 1, so that padding,
-        which has 1, moves no token."""
+        (N,n_latents,d) or None; position_ids (B,T), by default cumsum(attention_mask) − 1, of padding 1."""
         if position_ids is None:
             present = attention_mask.long()
             position_ids = (present.cumsum(-1) - 1).masked_fill(present == 0, 1)

@@ -25,7 +25,7 @@ from mimic import Recorder, align_loss, lm_loss
 from model import KVCache
 from support.files import InputError, check_finite, fits_into_memory, load_state, run_command, save_state
 from support.options import Parser, add_common_arguments, add_training_arguments, early, read_run, taken
-from support.parallel import add, add_gradients, join, leave, rank, wait, world
+from support.parallel import add, add_gradients, join, rank, wait, world
 from support.results import about, already_finished, begin_run, open_log
 
 LOG = ("step", "epoch", "loss", "align", "ce", "lr", "grad_norm", "seconds", "dev")    # columns of log.csv
@@ -65,8 +65,7 @@ def losses(model, adapter, batch, features, lambda_align=1.0, align_on="layer", 
 
 
 def teacher_pass(model, batch, features, recorder):
-    """The teacher reads {demonstrations, query}; demonstrations that all queries of the batch share it reads
-    once."""
+    """The teacher reads {demonstrations, query}; demonstrations that all queries share it reads once."""
     inputs = batch.teacher.inputs(model, features)
     if not batch.shared:
         return model.hidden_states(**inputs, shifts=recorder, last=batch.T_q)
@@ -130,8 +129,8 @@ def train(args, compute, adapter, samples, dev_score, save, folder):
             adapter.train()
             for micro in draws(epoch):
                 began = time.perf_counter()
-                dropout = random.Random(f"{args.seed}-{step}-{rank()}")
-                torch.manual_seed(dropout.getrandbits(63))
+                seed = random.Random(f"{args.seed}-{step}-{rank()}").getrandbits(63)
+                torch.manual_seed(seed)                        # of LoRA's dropout
 
                 # 1. Two passes, two losses, one backward for every micro-batch; the processes share them.
                 optimiser.zero_grad()
@@ -190,19 +189,22 @@ def parse(argv=None):
     add_training_arguments(parser, methods, inspect.signature(kind.losses or losses).parameters)
     own = parser.add_argument_group(f"--method {given.method or 'mimic'}")
     kind.add_arguments(own)
-    parser.set_defaults(lambda_align=0.0, share_icds=False)
+    parser.set_defaults(lr=5e-3, lambda_ce=1.0)                # of methods that say no others
+    parser.set_defaults(lambda_align=0.0, share_icds=False)    # of methods that have no such options
     parser.set_defaults(**kind.defaults)
     if DATASETS.get(given.dataset, DATASETS["toy"]).toy:
         parser.set_defaults(compare=[0, 1, 2, 4, 8])
         if not given.init:
-            parser.set_defaults(lr=kind.toy_lr)
+            parser.set_defaults(lr=kind.toy_lr)                # too high for what is trained already
     if "--official" in argv:
         if kind.official is None or "--share-icds" in argv:
-            raise InputError(f"--official: expected a method it has, no --share-icds, found {' '.join(argv)}")
+            raise InputError("--official: expected mimic, live or lora, without --share-icds, found another")
         parser.set_defaults(align_on="ffn", align_norm=False, ce_on="sequence", **kind.official)
     args = parser.parse(argv)
     if args.dtype == "float16":
         raise InputError("--dtype: expected bfloat16 or float32, found float16: small gradients would be 0")
+    if args.init:
+        read_run(args.init, [args.method])
     if args.shots is None:
         args.shots = models.of(args.model)[0].shots
     if not args.lambda_align and not kind.losses:
@@ -226,15 +228,14 @@ def choose_samples(args):
     """→ samples to train on, dev samples, queries to evaluate and their split (dev, if need be)."""
     split = DATASETS[args.dataset].eval_split
     samples, dev, queries = read_samples(args, split)
-    annotated = all(q.answers for q in queries)
-    if not annotated:
+    if not all(q.answers for q in queries):
         print(f"{args.dataset} {split} has no annotations in {args.data}: evaluating on dev samples instead")
         split = "dev"
         queries = dev
     if not queries:
         raise InputError(f"{args.data}: expected annotations of {args.dataset} or dev samples, found neither")
     most = max(args.shots, *args.compare, 0)
-    draw(samples, samples[:1], most, args.seed)
+    draw(samples, samples[:1], most, args.seed)                # too few? better said before the long work
     print(f"{len(samples)} samples to train on, {len(dev)} for dev, {len(queries)} to evaluate")
     return samples, dev, queries, split
 
@@ -261,8 +262,10 @@ def main(argv=None):
     adapter = kind.for_model(model, **taken(kind.for_model, options))
     path = folder / f"{args.method}.safetensors"
     if args.init:
-        read_run(args.init, [args.method])
-        adapter = baselines.load_adapter(Path(args.init) / path.name, args.method, model)
+        found = baselines.load_adapter(Path(args.init) / path.name, args.method, model)
+        if found.options != adapter.options:
+            raise InputError(f"--init {args.init}: expected {adapter.options}, found {found.options}")
+        adapter = found
 
     # 3. Training
     loss_of = kind.losses or losses
@@ -284,10 +287,7 @@ def main(argv=None):
     # 4. Evaluation
     wait()                                                     # until process 0 has written the file
     adapter = kind.load(path).to(model.device)
-    rows = report(args, folder, say, samples, queries, split, adapter, features, seconds)
-    print(f"\n{folder}: trained in {seconds:.0f} s")
-    leave()
-    return rows
+    return report(args, folder, say, samples, queries, split, adapter, features, seconds)
 
 
 if __name__ == "__main__":

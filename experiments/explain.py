@@ -211,7 +211,9 @@ def main(argv=None):
     out = Path(args.out)
 
     # 1. The run, its model, the adapters
-    shots = read_run(args.run, ["mimic"]).get("shots") or 8
+    saved = read_run(args.run, ["mimic"])
+    with reading(f"{args.run}/args.json", "a number of shots"):
+        shots = int(saved.get("shots") or 8)                   # 0: trained without a teacher
     run, _ = evaluation.parse(["--run", args.run])
     model, processor = models.load_model(run.model, run.device, run.dtype)
     mimic = open_adapter(args.run, model)

@@ -14,7 +14,7 @@ query}, and the student, who reads the query alone, go through the model layer b
     6. advance   both, the student with the layer's new shift
 
 Forward passes only, no label in any loss. Of several draws of demonstrations for a query least squares sees
-the mean alone. Letters as in mimic.py; N kept tokens.
+the mean alone. An interrupted fit starts again. Letters as in mimic.py; N kept tokens.
 """
 
 import time
@@ -249,7 +249,7 @@ def main(argv=None):
     parser.set_defaults(method="mimic", z2="masked", compare=[])
     args = parser.parse(argv)
     if args.official:
-        raise InputError("--official: expected the paper's MimIC, which alone can be fitted, found it")
+        raise InputError("--official: a fit needs the paper's MimIC; leave the option out")
     args.shots = args.shots or models.of(args.model)[0].shots
     args.out = args.out or f"runs/{args.dataset}-layerwise"
     folder = Path(args.out)

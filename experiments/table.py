@@ -99,7 +99,7 @@ def compare(rows, datasets, args, options):
 def parse(parser, argv, tasks):
     """→ arguments, and the options of every run. Raises InputError for one that not all commands take."""
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, help="(default: the toys)")
+    add("--dataset", choices=DATASETS, help="(default: toy; experiments.table also toy-caption)")
     add("--tasks", "--task", type=number(int, 0), nargs="+", default=tasks, metavar="N",
         help=f"hidden rules of the toy (default {' '.join(map(str, tasks))})")
     add("--seeds", "--seed", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default 0 1 2)")

@@ -91,7 +91,7 @@ def write_whole(path, content):
 
 
 def write_text(path, text):
-    """The whole text (UTF-8, line ends as they are), or the older file."""
+    """Writes the whole text (UTF-8, line ends as they are), or leaves the older file."""
     if os.environ.get("RANK", "0") == "0":
         write_whole(path, text.encode())
 

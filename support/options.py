@@ -1,4 +1,4 @@
-"""Command lines: options that refuse what cannot be, in one line, and take a run's saved ones as defaults."""
+"""Command lines: options that refuse impossible values in a line, and take a run's saved ones as defaults."""
 
 import argparse
 import inspect
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
             return args
         word = unknown[0].split("=")[0]
         if word in MOVED:
-            raise InputError(f"{self.prog} {word}: expected nothing of that name any more; now {MOVED[word]}")
+            raise InputError(f"{self.prog} {word} is gone; now {MOVED[word]}")
         near = get_close_matches(word, [name for a in self._actions for name in a.option_strings], 1)
         meant = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"{self.prog}: expected options that --help names, found {word}{meant}")
@@ -91,7 +91,7 @@ def read_run(folder, methods):
     with reading(path, what):
         saved = read_json(path, what)
         if saved["method"] not in list(methods):
-            raise ValueError(f"--method {saved['method']!r:.80}")
+            raise ValueError(f"--method {saved['method']!r:.80}, not {' or '.join(methods)}")
     if "finished" not in saved:
         print(f"{folder}: an unfinished run; what follows is of its best epoch so far", file=sys.stderr)
     return saved

@@ -38,7 +38,7 @@ def join(device):
     if alone or dist.is_initialized():
         return device
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=12))         # who dies is noticed at once anyway
+    dist.init_process_group(backend, timeout=timedelta(hours=12))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device

@@ -19,8 +19,8 @@ from support.files import InputError, make_folder, read_json, reading, write_jso
 from support.parallel import rank, wait
 
 METRICS = {"vqa_accuracy": "VQA accuracy", "cider": "CIDEr-D x 100"}
-SAME = ("dataset", "split", "method", "shots", "n", "seed")    # a new row replaces one that agrees in these,
-ALSO = ("model", "task", "samples", "dtype", "official", "num_beams", "length_penalty")   # and must in these
+SAME = ("dataset", "split", "method", "shots", "n", "seed")    # a new row replaces one that has the same,
+ALSO = ("model", "task", "samples", "dtype", "official", "num_beams", "length_penalty")   # if these agree
 
 
 def settings(args):
@@ -55,7 +55,7 @@ def read_rows(path):
     if not Path(path).exists():
         return []
     with reading(path, f"a list of rows with {', '.join(SAME)}"):
-        return [row for row in read_json(path) if [row[name] for name in SAME]]
+        return [row for row in read_json(path) if [row[name] for name in SAME]]      # raises KeyError, or all
 
 
 def read_predictions(path):
@@ -171,8 +171,10 @@ def begin_run(folder, args, resume):
 
 def already_finished(folder):
     """Says so → the rows."""
-    rows = read_rows(Path(folder) / "results.json")
-    print(f"{folder}: already finished\n\n{table(rows)}")
+    path = Path(folder) / "results.json"
+    rows = read_rows(path)
+    with reading(path, "the rows of a finished run"):
+        print(f"{folder}: already finished\n\n{table(rows)}")
     return rows
 
 

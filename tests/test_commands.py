@@ -147,7 +147,7 @@ def test_help_is_documentation_of_two_screens(script):
 
 def test_an_old_command_line_says_the_new_one_in_one_line():
     for option, new in MOVED.items():
-        with pytest.raises(InputError, match=f"{option}: expected nothing of that name any more; now {new}$"):
+        with pytest.raises(InputError, match=f"{option} is gone; now {new}$"):
             evaluation.main([option])
     found = command("data.py", "fetch", "okvqa")
     assert found.returncode == 2 and found.stderr.count("\n") == 1 and "now " in found.stderr, found

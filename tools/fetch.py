@@ -83,7 +83,7 @@ def main(argv=None):
     parser = Parser(__doc__, prog="python -m tools.fetch")
     parser.add_argument("dataset", choices=ARCHIVES, help="stands first")
     mine, others = parser.parse_known_args(argv)
-    args, _ = parse(["--dataset", mine.dataset, "--shots", "1", *others])
+    args, _ = parse(["--dataset", mine.dataset, "--shots", "1", *others])      # shots: else of the model
     for url, name in ARCHIVES[args.dataset].items():
         fetch_archive(url, Path(args.data) / name)
     train, dev = train_dev(args.dataset, args.data, args.samples, args.dev_samples, args.seed)

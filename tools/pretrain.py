@@ -63,8 +63,7 @@ def example(processor, question, told):
 
 
 def write(processor, episodes):
-    """B episodes, each E pairs of question and answer → left-padded input_ids (B,T), and (B,T) bool: which of
-    them are trained."""
+    """B episodes of E pairs (question, answer) → left-padded input_ids (B,T), trained ones (B,T) bool."""
     all_ids, all_trained = [], []
     for episode in episodes:
         ids, trained = zip(*[example(processor, *pair) for pair in episode], strict=True)
@@ -133,7 +132,7 @@ def train_decoder(model, processor):
 def main(argv=None):
     parser = Parser(__doc__, prog="python -m tools.pretrain")
     parser.add_argument("--out", type=Path, default=TINY, metavar="FOLDER",
-        help="gets the model; settings that it has stay (default checkpoints/tiny)")
+        help="where the model goes; json files that are there stay (default checkpoints/tiny)")
     folder = parser.parse(argv).out
     make_folder(folder)
     for path in TINY.glob("*.json"):

@@ -61,7 +61,7 @@ def main(argv=None):
     add = parser.add_argument
     add("file", metavar="FILE", help="the answers")
     add("--dataset", choices=[name for name in DATASETS if DATASETS[name].keys], default="coco")
-    add("--split", help="train, val or test, as the dataset has it (default: the dataset's own)")
+    add("--split", metavar="NAME", help="train, val or test, if the dataset has it (default: its own)")
     add("--data", default="data", metavar="FOLDER", help="as train.py's (default data)")
     add("--chair", metavar="SYNONYMS", help="captions: CHAIR as well; the file's lines: node, synonym, …")
     args = parser.parse(argv)
