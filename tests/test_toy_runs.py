@@ -65,7 +65,7 @@ def test_captions_too(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--method", "live"], "found --method"), (["--official"], "--official: expected the paper's MimIC")])
+    (["--method", "live"], "found --method"), (["--official"], "--official: a fit needs the paper's MimIC")])
 def test_a_layer_wise_fit_of_anything_else_is_refused(words, message, tmp_path):
     with pytest.raises(InputError, match=message):
         run(tmp_path, *words, main=layerwise.main)
