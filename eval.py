@@ -118,18 +118,17 @@ def item_scores(dataset, samples, answers, root):
 
 
 def score(dataset, samples, answers, root=None):
-    """→ score (0-100) and each item's; None and Nones without annotations. root: the --data folder."""
+    """→ score (0-100), each item's in [0, 1]; None and Nones without annotations. root: the --data folder."""
     if not all(s.answers for s in samples):
         return None, [None] * len(samples)
     each = item_scores(dataset, samples, answers, root)
-    shown = [percent([x]) for x in each]
-    return percent(each), shown
+    return percent(each), each
 
 
-def further_scores(dataset, samples, answers, root=None):
+def further_scores(dataset, samples, answers, each):
     """Scores of VQA answers beside the score, all 0-100 → dict: per_answer_type and per_question_type, as the
     official evaluation reports them; where answers are stemmed also raw_score, of answers as they are against
-    what the annotators wrote, and unstemmed_score, of the same against the official answers."""
+    what the annotators wrote, and unstemmed_score, of the same against official ones. each: of `score`."""
     if DATASETS[dataset].metric == "cider" or not all(s.answers for s in samples):
         return {}
     found = {}
@@ -138,7 +137,6 @@ def further_scores(dataset, samples, answers, root=None):
         raw = vqa_accuracies(answers, raw_truths)
         unstemmed = vqa_accuracies(answers, [s.answers for s in samples])
         found = {"score_of": "stemmed", "raw_score": percent(raw), "unstemmed_score": percent(unstemmed)}
-    each = item_scores(dataset, samples, answers, root)
     for name in ("answer_type", "question_type"):
         by_type = {}
         for s, x in zip(samples, each, strict=True):
@@ -167,8 +165,9 @@ def evaluate(args, folder, split, method, say, samples, icds, shifts=None, featu
     answers = [begun.made[i]["prediction"] for i in range(len(samples))]
     row["score"], each = score(args.dataset, samples, answers, args.data)
     row |= begun.cost()
-    row |= further_scores(args.dataset, samples, answers, args.data)
-    return begun.finish(row, samples, answers, each, task.keys)
+    row |= further_scores(args.dataset, samples, answers, each)
+    shown = [None if x is None else percent([x]) for x in each]
+    return begun.finish(row, samples, answers, shown, task.keys)
 
 
 def sayer(args, model, processor):

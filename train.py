@@ -198,7 +198,7 @@ def parse(argv=None):
             parser.set_defaults(lr=kind.toy_lr)                # too high for what is trained already
     if "--official" in argv:
         if kind.official is None or "--share-icds" in argv:
-            raise InputError("--official: expected mimic, live or lora, without --share-icds, found another")
+            raise InputError("--official: expected a method that it has, no --share-icds, found others")
         parser.set_defaults(align_on="ffn", align_norm=False, ce_on="sequence", **kind.official)
     args = parser.parse(argv)
     if args.dtype == "float16":

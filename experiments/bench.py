@@ -1,6 +1,6 @@
 """Seconds, side by side with transformers. What was found so far: BENCHMARKS.md.
 
-    python -m experiments.bench --pictures FOLDER              # a quarter of an hour on two cores
+    python -m experiments.bench --pictures FOLDER              # ten minutes on two cores
     python -m experiments.bench --size full --only latency     # Idefics2-8b-base's exact shape
 
 train     5 MimIC steps on 8 demonstrations, pictures encoded once; beside 5 as the official code does them

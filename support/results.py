@@ -19,8 +19,8 @@ from support.files import InputError, make_folder, read_json, reading, write_jso
 from support.parallel import rank, wait
 
 METRICS = {"vqa_accuracy": "VQA accuracy", "cider": "CIDEr-D x 100"}
-SAME = ("dataset", "split", "method", "shots", "n", "seed")    # a new row replaces one that has the same,
-ALSO = ("model", "task", "samples", "dtype", "official", "num_beams", "length_penalty")   # if these agree
+SAME = ("dataset", "split", "method", "shots", "n", "seed")    # a new row replaces the one with the same,
+ALSO = ("model", "task", "samples", "dtype", "official", "num_beams", "length_penalty")   # or is refused
 
 
 def settings(args):

@@ -12,6 +12,7 @@ from grading import same
 from mimic import MimIC, Recorder
 from model import Config, Shifts, attention, causal_mask
 from models.idefics1 import Idefics1Config
+from support.files import InputError
 
 
 def random_mimic(model, **options):
@@ -266,6 +267,16 @@ def test_a_saved_adapter_comes_back_with_its_options(model, tmp_path):
     loaded = MimIC.load(tmp_path / "a.safetensors")
     assert loaded.z2 == "unmasked"
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), mimic.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x10\x00\x00\x00\x00\x00\x00\x00{}"])
+def test_a_file_that_is_no_adapter_is_refused_in_one_line(content, tmp_path):
+    path = tmp_path / "a.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match="a.safetensors: expected a MimIC adapter") as error:
+        MimIC.load(path)
+    assert "\n" not in str(error.value)
 
 
 def test_recorder_keeps_states_after_the_shifts_of_the_adapter_it_wraps(model):

@@ -118,7 +118,7 @@ def test_a_cell_is_the_mean_over_tasks_and_seeds_and_a_row_without_a_score_has_i
     assert len(scores) == 4
     assert table[2][2] == f"{statistics.fmean(scores):.1f} ± {statistics.pstdev(scores):.1f}"
     assert table[4] == ["none", "–", "–", "–", "–", "–"]
-    assert (tmp_path / "samples/table.md").read_text().splitlines()[-1].startswith("none: --official: expected mimic")
+    assert (tmp_path / "samples/table.md").read_text().splitlines()[-1].startswith("none: --official: expected a method")
 
 
 @pytest.fixture(scope="module")

@@ -74,14 +74,14 @@ def main(argv=None):
     if len(answered) < len(samples):
         print(f"{args.file} answers {len(answered)} of the {len(samples)} items of {args.dataset} {split}: "
               "scored are these alone")
-    total, _ = score(args.dataset, answered, answers, args.data)
+    total, each = score(args.dataset, answered, answers, args.data)
     if total is None:
         raise InputError(f"{args.data}: expected annotations of {args.dataset} {split} to score against, "
                          "found none")
 
     found = {"dataset": args.dataset, "split": split, "metric": task.metric, "score": total,
              "n": len(answered)}
-    found |= further_scores(args.dataset, answered, answers, args.data)
+    found |= further_scores(args.dataset, answered, answers, each)
     if args.chair:
         found |= chair_scores(args.data, answered, answers, args.chair)
     print(json.dumps(found, indent=1))
